@@ -1,0 +1,384 @@
+"""Speed and accuracy of every recipe next to other attention implementations.
+
+    python benchmarks/attention.py                      # on a GPU: about 20 minutes
+    python benchmarks/attention.py --budget-seconds 300 # the most important rows first; run it
+                                                        # again to measure the rest
+    python benchmarks/attention.py --preset cpu         # a small grid, without a GPU
+
+It writes `benchmarks/results/<gpu>.json` after every measurement, so that it may be stopped at any
+time, and prints a table. Inputs and results are bfloat16; quantization is part of every figure.
+TFLOPS count 4·B·N·T·S·H operations forward, 2.5 times that backward, half of it when causal. All
+implementations of one line of the grid are timed in one process, in turns, on the same inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # runs from a plain checkout too
+
+import contenders  # noqa: E402
+import measuring  # noqa: E402
+import resultfile  # noqa: E402
+
+from sage_jax import accuracy  # noqa: E402
+from sage_jax.recipe import PRESETS, Recipe, resolve  # noqa: E402
+
+PASSES = ("fwd", "bwd", "fwd_bwd", "quantize")
+DATA = ("normal", "outlier", "sink", "sigma3")
+PRESET_VALUES = {
+    "gpu": {
+        "implementation": "cuda",
+        "peers": list(contenders.PEERS),
+        "tokens": 16384,
+        "channels": 2048,
+        "seq": [16384, 4096, 1024],
+        "head_dim": [128, 64],
+        "accuracy_seq": 4096,
+        "seconds": 0.05,
+    },
+    "cpu": {
+        "implementation": "cpu",
+        "peers": ["xla"],
+        "tokens": 512,
+        "channels": 128,
+        "seq": [512, 256],
+        "head_dim": [64],
+        "accuracy_seq": 256,
+        "seconds": 0.02,
+    },
+}
+
+
+class Line(NamedTuple):
+    """One line of the speed grid; all implementations are timed on it together."""
+
+    kind: str
+    batch: int
+    seq: int
+    heads: int
+    head_dim: int
+    causal: bool
+
+    def row(self, contender: contenders.Contender, seconds: float) -> dict[str, Any]:
+        return {
+            "pass": self.kind,
+            "impl": contender.impl,
+            "recipe": contender.recipe,
+            "batch": self.batch,
+            "seq": self.seq,
+            "heads": self.heads,
+            "kv_heads": self.heads,
+            "head_dim": self.head_dim,
+            "causal": self.causal,
+            "ms": _digits(1e3 * seconds),
+            "tflops": self.tflops(seconds),
+        }
+
+    def tflops(self, seconds: float) -> float | None:
+        """None for quantization, which has no matrix products."""
+        forward = 4.0 * self.batch * self.heads * self.seq**2 * self.head_dim
+        factor = {"fwd": 1.0, "bwd": 2.5, "fwd_bwd": 3.5}.get(self.kind)
+        return factor and _digits(factor * forward * (0.5 if self.causal else 1) / seconds / 1e12)
+
+    def owns(self, row: dict[str, Any]) -> bool:
+        return (row["pass"], *(row[field] for field in self._fields[1:])) == tuple(self)
+
+
+class Case(NamedTuple):
+    """One line of the accuracy grid: one head."""
+
+    data: str
+    seq: int
+    head_dim: int
+
+    def owns(self, row: dict[str, Any]) -> bool:
+        return (row["data"], row["seq"], row["head_dim"]) == tuple(self)
+
+
+def plan(options: argparse.Namespace) -> list[Line | Case]:
+    """The grid, the most telling measurements first."""
+    lines = [
+        Line(kind, options.tokens // seq, seq, options.channels // dim, dim, causal)
+        for kind, seq, dim, causal in itertools.product(
+            options.passes, options.seq, options.head_dim, (False, True)
+        )
+        if not (kind == "quantize" and causal)
+    ]
+
+    def late(line: Line) -> int:
+        return (
+            PASSES.index(line.kind)
+            + 2 * options.seq.index(line.seq)
+            + 3 * options.head_dim.index(line.head_dim)
+            + line.causal
+        )
+
+    lines.sort(key=late)
+    cases = []
+    if options.accuracy:
+        cases = [Case(data, options.accuracy_seq, dim) for dim in options.head_dim for data in DATA]
+    return [*lines[:8], *cases, *lines[8:]]
+
+
+def contestants(options: argparse.Namespace) -> list[contenders.Contender]:
+    """Our recipes and the peers that are installed; says which are not, and why."""
+    found = [contenders.ours(recipe, options.implementation) for recipe in options.recipes]
+    for name in options.peers:
+        try:
+            found.append(contenders.PEERS[name]())
+        except Exception as reason:  # noqa: BLE001  (whatever a peer raises on import)
+            print(f"left out: {name}: {_sentence(reason)}")
+    return found
+
+
+def speed_runs(line: Line, contender: contenders.Contender, inputs):
+    """A function without arguments that does the pass once, or None where it does not apply."""
+    q, k, v, dout = inputs
+    call = functools.partial(contender.call, causal=line.causal)
+    if line.kind == "quantize":
+        if contender.quantize is None:
+            return None
+        return functools.partial(jax.jit(contender.quantize), q, k, v)
+    if line.kind == "fwd":
+        return functools.partial(jax.jit(call), q, k, v)
+    if not contender.differentiable:
+        return None
+    if line.kind == "bwd":
+        _, pull = jax.jit(lambda q, k, v: jax.vjp(call, q, k, v))(q, k, v)
+        return functools.partial(jax.jit(lambda pull, dout: pull(dout)), pull, dout)
+
+    def both(q, k, v, dout):
+        out, pull = jax.vjp(call, q, k, v)
+        return out, pull(dout)
+
+    return functools.partial(jax.jit(both), q, k, v, dout)
+
+
+def measure_speed(line: Line, entrants, options) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of one line of the grid, and the sentences on those that could not run."""
+    shape = (line.batch, line.seq, line.heads, line.head_dim)
+    keys = jax.random.split(jax.random.key(line.seq), 4)
+    inputs = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    runs, failures = {}, []
+    for contender in entrants:
+        if line.batch * line.heads * line.seq**2 > contender.largest_scores:
+            continue
+        try:
+            run = speed_runs(line, contender, inputs)
+            if run is not None:
+                jax.block_until_ready(run())
+                runs[contender.label] = run
+        except Exception as reason:  # noqa: BLE001  (one must not cost the others their line)
+            failures.append(f"{contender.label}: {_sentence(reason)}")
+    seconds = measuring.interleaved_medians(runs, options.repeats, options.seconds)
+    return [line.row(c, seconds[c.label]) for c in entrants if c.label in runs], failures
+
+
+def measure_accuracy(case: Case, entrants, options) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of one line of the accuracy grid: bfloat16 inputs against float32 attention on them."""
+    inputs = accuracy.synthetic(
+        case.data, jax.random.key(0), tokens=case.seq, head_dim=case.head_dim, dtype=jnp.bfloat16
+    )
+    *operands, dout = inputs
+    exact = accuracy.exact(*operands, dout)
+    rows, failures = [], []
+    for contender in entrants:
+        try:
+            measured = jax.block_until_ready(_all_tensors(contender)(*operands, dout))
+        except Exception as reason:  # noqa: BLE001
+            failures.append(f"{contender.label}: {_sentence(reason)}")
+            continue
+        for tensor, value in measured.items():
+            error = accuracy.error(value, exact[tensor])
+            rows.append(
+                {
+                    "impl": contender.impl,
+                    "recipe": contender.recipe,
+                    "data": case.data,
+                    "seq": case.seq,
+                    "head_dim": case.head_dim,
+                    "tensor": tensor,
+                    "cos": _digits(error.cos, 8),
+                    "rel_l2": _digits(error.rel_l2),
+                }
+            )
+    return rows, failures
+
+
+@functools.cache  # compiled once, not once for each kind of data
+def _all_tensors(contender: contenders.Contender):
+    """A function (q, k, v, dout) -> {"o": out, and the gradients if there are any}."""
+
+    @jax.jit
+    def run(q, k, v, dout):
+        call = functools.partial(contender.call, causal=False)
+        if not contender.differentiable:
+            return {"o": call(q, k, v)}
+        out, pull = jax.vjp(call, q, k, v)
+        return {"o": out} | dict(zip(("dq", "dk", "dv"), pull(dout), strict=True))
+
+    return run
+
+
+def _digits(x: float, count: int = 5) -> float | None:
+    """x with as many digits as the measurement has; None for NaN and Inf, which JSON lacks."""
+    return float(f"{x:.{count}g}") if math.isfinite(x) else None
+
+
+def _sentence(reason: Exception) -> str:
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return text if len(text) < 200 else text[:200] + "…"
+
+
+def done(step: Line | Case, results: dict[str, Any], recipes: list[Recipe]) -> bool:
+    """Whether an earlier run has this step, with all the recipes of this one."""
+    rows = [
+        row for row in results["speed" if isinstance(step, Line) else "accuracy"] if step.owns(row)
+    ]
+    needs_backward = isinstance(step, Line) and "bwd" in step.kind
+    wanted = {r.name for r in recipes if r.backward or not needs_backward}
+    return bool(rows) and wanted <= {row["recipe"] for row in rows}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked and completed from the preset."""
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESET_VALUES, help="grid to start from (default: by JAX's device)")
+    add(
+        "--output", type=pathlib.Path, help="file to write (default: benchmarks/results/<gpu>.json)"
+    )
+    add("--fresh", action="store_true", help="measure everything again, ignoring an earlier file")
+    add(
+        "--budget-seconds", type=_positive(float), help="stop starting measurements after this time"
+    )
+    add(
+        "--tests",
+        type=pathlib.Path,
+        help="junit file of pytest, for the test counts in the results",
+    )
+    add(
+        "--recipes",
+        nargs="+",
+        type=_recipe,
+        default=list(PRESETS.values()),
+        metavar="RECIPE",
+        help="name, or name:field=value,... for a variant (default: all presets)",
+    )
+    add("--peers", nargs="*", choices=contenders.PEERS, help="implementations to compare with")
+    add("--implementation", help="sage_jax's implementation to measure (preset: cuda or cpu)")
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
+    add("--seq", nargs="+", type=_positive(int), help="sequence lengths, the most important first")
+    add("--head-dim", nargs="+", type=_positive(int), help="head dimensions, likewise")
+    add("--tokens", type=_positive(int), help="tokens in the batch: sequence length times batch")
+    add("--channels", type=_positive(int), help="head dimension times heads")
+    add("--accuracy-seq", type=_positive(int), help="tokens of the accuracy measurements")
+    add("--no-accuracy", dest="accuracy", action="store_false", help="measure speed only")
+    add("--repeats", type=_positive(int), default=5, help="samples of each median (default: 5)")
+    add("--seconds", type=_positive(float), help="least duration of a sample")
+    options = parser.parse_args(arguments)
+    options.preset = options.preset or ("cpu" if measuring.device_name() == "cpu" else "gpu")
+    for name, value in PRESET_VALUES[options.preset].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    for seq, dim in itertools.product(options.seq, options.head_dim):
+        if options.tokens % seq:
+            parser.error(f"--tokens {options.tokens} is no multiple of the sequence length {seq}")
+        if options.channels % dim:
+            parser.error(
+                f"--channels {options.channels} is no multiple of the head dimension {dim}"
+            )
+    if options.tests and not options.tests.exists():
+        parser.error(f"--tests {options.tests} does not exist; pass what pytest --junitxml wrote")
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line instead of argparse's usage and message."""
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def _positive(kind: type):
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {name}")
+        return value
+
+    return convert
+
+
+def _recipe(text: str) -> Recipe:
+    """A preset, or a variant of it such as train8:dp=bf16,delta=exact."""
+    name, _, changes = text.partition(":")
+    try:
+        recipe = resolve(name)
+        fields = dict(change.split("=") for change in changes.split(",")) if changes else {}
+        if "q_block" in fields:
+            fields["q_block"] = int(fields["q_block"])
+        return recipe.replace(**fields)
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from reason
+
+
+def main(arguments: list[str] | None = None) -> int:
+    start = time.monotonic()
+    options = parse(arguments)
+    head = measuring.environment()
+    path = options.output or measuring.results_path(head["gpu"])
+    results = resultfile.earlier(path, head, options.fresh)
+    if options.tests:
+        results["tests"] = measuring.count_tests(options.tests)
+    entrants = contestants(options)
+    steps = [step for step in plan(options) if not done(step, results, options.recipes)]
+    ours_failed = False
+    for number, step in enumerate(steps, 1):
+        elapsed = time.monotonic() - start
+        if options.budget_seconds and elapsed > options.budget_seconds:
+            print(f"the budget is spent: {len(steps) - number + 1} measurements are left for later")
+            break
+        print(f"[{number}/{len(steps)}, {elapsed:.0f} s] {_describe(step)}", flush=True)
+        part = "speed" if isinstance(step, Line) else "accuracy"
+        measure = measure_speed if isinstance(step, Line) else measure_accuracy
+        rows, failures = measure(step, entrants, options)
+        for failure in failures:
+            print(f"  could not run {failure}")
+            ours_failed |= failure.startswith("sage_jax")
+        results[part] = [row for row in results[part] if not step.owns(row)] + rows
+        resultfile.store(path, results)
+    resultfile.store(path, results)
+    if results["speed"]:
+        print(f"\n{resultfile.speed_table(results)}")
+    if results["accuracy"]:
+        print(f"\nrelative L2 errors\n{resultfile.accuracy_table(results)}")
+    print(f"\n{path}")
+    return 1 if ours_failed else 0
+
+
+def _describe(step: Line | Case) -> str:
+    return ", ".join(f"{name} {value}" for name, value in step._asdict().items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+// The four operations of docs/abi.md as XLA FFI handlers for platform "cpu": read and check the
+// buffers, fill a parameter struct, call the kernel. No FFI type goes further than this file.
+#include "handlers.h"
+
+#include <new>
+
+#include "checks.h"
+#include "dispatch.h"
+#include "pool.h"
+
+namespace sage {
+namespace {
+
+class XlaPool final : public Pool {
+ public:
+  explicit XlaPool(ffi::ThreadPool pool) : pool_(pool) {}
+  int64_t threads() const override { return pool_.num_threads(); }
+  void schedule(void (*task)(void*), void* data) override {
+    pool_.Schedule([task, data] { task(data); });
+  }
+
+ private:
+  ffi::ThreadPool pool_;
+};
+
+template <class Params>
+ffi::Error run(const Buffers& io, void (*kernel)(const Params&, Pool&), const Params& params,
+               ffi::ThreadPool pool) {
+  if (io.failed()) return io.error();
+  try {
+    XlaPool threads(pool);
+    kernel(params, threads);
+    return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                      "sage_jax: no memory left for the scratch arrays of a CPU kernel.");
+  }
+}
+
+const Dims kRank4 = {kAnySize, kAnySize, kAnySize, kAnySize};
+
+int64_t padded_head_dim(Buffers& io, int64_t H) {
+  io.require(io.failed() || (H >= 1 && H <= 256),
+             "the head dimension is " + std::to_string(H) + ", but must be 1 to 256.");
+  return H <= 64 ? 64 : H <= 128 ? 128 : 256;
+}
+
+void require_grouped(Buffers& io, const Shape& s) {
+  io.require(s.K > 0 && s.N % s.K == 0,
+             std::to_string(s.N) + " query heads cannot share " + std::to_string(s.K) +
+                 " key/value heads: the first must be a multiple of the second.");
+}
+
+// The shapes that quantized operands imply; H comes from `out` or `dout`.
+Shape quantized_shape(Buffers& io, ffi::AnyBuffer q8, ffi::AnyBuffer k8) {
+  auto q = q8.dimensions(), k = k8.dimensions();
+  Shape s = {q[0], q[2], k[2], q[1], k[1], 0, q[3]};
+  if (!io.failed()) require_grouped(io, s);
+  io.require(
+      io.failed() || s.Hp == 64 || s.Hp == 128 || s.Hp == 256,
+      "`q8` has " + std::to_string(s.Hp) + " channels, but they must be padded to 64, 128 or 256.");
+  return s;
+}
+
+Masks read_masks(Buffers& io, const Shape& s, int64_t window_left, int64_t window_right) {
+  Masks masks = {};
+  masks.bounds = data<int32_t>(io.operand("bounds", {kS32}, {s.B, 3}));
+  masks.q_seg = static_cast<const int32_t*>(io.optional("q_seg", {kS32}, {s.B, s.T}));
+  masks.kv_seg = static_cast<const int32_t*>(io.optional("kv_seg", {kS32}, {s.B, s.S}));
+  io.require(!s.S || !s.T || !masks.q_seg == !masks.kv_seg,
+             "`q_seg` and `kv_seg` must be given together.");
+  Dims all = {s.B, s.N, s.T, s.S};
+  masks.mask = static_cast<const bool*>(io.broadcast("mask", {kPred}, all, &masks.mask_strides));
+  masks.bias = static_cast<const float*>(io.broadcast("bias", {kF32}, all, &masks.bias_strides));
+  masks.window_left = window_left;
+  masks.window_right = window_right;
+  return masks;
+}
+
+ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       int32_t pv, float v_range, int32_t smooth_k, int32_t dp) {
+  Buffers io("sage_jax_quantize_kv", args, rets, 3, 7);
+  auto k = io.operand("k", {kF32, kF16, kBF16}, kRank4);
+  auto d = k.dimensions();
+  Shape s = {d[0], 0, d[1], 0, d[2], d[3], padded_head_dim(io, d[3])};
+  auto v = io.operand("v", {kF32, kF16, kBF16}, {s.B, s.S, s.K, s.H});
+  auto bounds = io.operand("bounds", {kS32}, {s.B, 3});
+  io.require(pv >= 0 && pv <= 3, "attribute `pv` is not 0, 1, 2 or 3.");
+  io.require(dp >= 0 && dp <= 2, "attribute `dp` is not 0, 1 or 2.");
+  Dims dense = {s.B, s.K, s.S, s.Hp}, turned = {s.B, s.K, s.Hp, s.Sp()};
+  Dims tiles = {s.B, s.K, s.S64()}, channels = {s.B, s.K, s.Hp}, none = {0};
+  constexpr ffi::DataType kPvTypes[] = {kE4M3, kF16, kBF16, kS8};
+  QuantizeKv p = {
+      s,       array(k),      array(v),           data<int32_t>(bounds), static_cast<Pv>(pv),
+      v_range, smooth_k != 0, static_cast<Dp>(dp)};
+  p.k8 = data<int8_t>(io.result("k8", {kS8}, dense));
+  p.k_scale = data<float>(io.result("k_scale", {kF32}, tiles));
+  p.k_mean = data<float>(io.result("k_mean", {kF32}, channels));
+  bool transposed = pv == 0 || pv == 3;
+  p.v_pv = data<void>(io.result("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
+  p.v_scale = data<float>(io.result("v_scale", {kF32}, pv == 3 ? tiles : channels));
+  p.v_dp = data<void>(io.result("v_dp", {dp == 2 ? kBF16 : kS8}, dp ? dense : none));
+  p.v_dp_scale = data<float>(io.result("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
+  return run(io, kernels().quantize_kv, p, pool);
+}
+
+ffi::Error quantize_q(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                      int64_t q_block, float scale) {
+  Buffers io("sage_jax_quantize_q", args, rets, 3, 3);
+  auto q = io.operand("q", {kF32, kF16, kBF16}, kRank4);
+  auto d = q.dimensions();
+  int64_t Hp = padded_head_dim(io, d[3]);
+  auto k_mean = io.operand("k_mean", {kF32}, {d[0], kAnySize, Hp});
+  Shape s = {d[0], d[1], 0, d[2], k_mean.dimensions()[1], d[3], Hp};
+  if (!io.failed()) require_grouped(io, s);
+  auto bounds = io.operand("bounds", {kS32}, {s.B, 3});
+  io.require(q_block >= 1, "attribute `q_block` must be at least 1.");
+  QuantizeQ p = {s, array(q), data<float>(k_mean), data<int32_t>(bounds), q_block, scale};
+  p.q8 = data<int8_t>(io.result("q8", {kS8}, {s.B, s.N, s.T, s.Hp}));
+  p.q_scale = data<float>(io.result("q_scale", {kF32}, {s.B, s.N, s.T}));
+  p.lse_shift = data<float>(io.result("lse_shift", {kF32}, {s.B, s.N, s.T}));
+  return run(io, kernels().quantize_q, p, pool);
+}
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                  int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
+                  int64_t window_right) {
+  Buffers io("sage_jax_attend", args, rets, 12, 4);
+  Attend p = {};
+  auto q8 = io.operand("q8", {kS8}, kRank4);
+  auto d = q8.dimensions();
+  Dims rows = {d[0], d[1], d[2]};
+  p.q_scale = data<float>(io.operand("q_scale", {kF32}, rows));
+  p.lse_shift = data<float>(io.operand("lse_shift", {kF32}, rows));
+  auto k8 = io.operand("k8", {kS8}, {d[0], kAnySize, kAnySize, d[3]});
+  Shape s = quantized_shape(io, q8, k8);
+  io.require(pv >= 0 && pv <= 3, "attribute `pv` is not 0, 1, 2 or 3.");
+  Dims dense = {s.B, s.K, s.S, s.Hp}, turned = {s.B, s.K, s.Hp, s.Sp()};
+  Dims tiles = {s.B, s.K, s.S64()}, channels = {s.B, s.K, s.Hp};
+  constexpr ffi::DataType kPvTypes[] = {kE4M3, kF16, kBF16, kS8};
+  bool transposed = pv == 0 || pv == 3;
+  p.k_scale = data<float>(io.operand("k_scale", {kF32}, tiles));
+  p.v_pv = data<void>(io.operand("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
+  p.v_scale = data<float>(io.operand("v_scale", {kF32}, pv == 3 ? tiles : channels));
+  p.masks = read_masks(io, s, window_left, window_right);
+  auto out = io.result("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
+  s.H = out.dimensions()[3];
+  io.require(
+      io.failed() || padded_head_dim(io, s.H) == s.Hp,
+      "`out` has " + std::to_string(s.H) + " channels, which is not what `q8` was padded from.");
+  p.lse = data<float>(io.result("lse", {kF32}, rows));
+  p.m = data<float>(io.result("m", {kF32}, rows));
+  p.l = data<float>(io.result("l", {kF32}, rows));
+  p.shape = s;
+  p.q8 = data<int8_t>(q8);
+  p.k8 = data<int8_t>(k8);
+  p.out = writable(out);
+  p.pv = static_cast<Pv>(pv);
+  p.f16_accumulate = f16_accumulate != 0;
+  p.scale = scale;
+  return run(io, kernels().attend, p, pool);
+}
+
+ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           int32_t backward, int32_t dp, int32_t exact_delta, float scale,
+                           int64_t window_left, int64_t window_right) {
+  Buffers io("sage_jax_attend_backward", args, rets, 17, 4);
+  AttendBackward p = {};
+  auto q8 = io.operand("q8", {kS8}, kRank4);
+  auto d = q8.dimensions();
+  Dims rows = {d[0], d[1], d[2]};
+  p.q_scale = data<float>(io.operand("q_scale", {kF32}, rows));
+  auto k8 = io.operand("k8", {kS8}, {d[0], kAnySize, kAnySize, d[3]});
+  Shape s = quantized_shape(io, q8, k8);
+  io.require(backward == 0 || backward == 1, "attribute `backward` is not 0 or 1.");
+  io.require(dp == 2 || (dp == 1 && backward == 0),
+             "attribute `dp` is neither 2 (bf16) nor, with `backward` 0, 1 (int8).");
+  Dims dense = {s.B, s.K, s.S, s.Hp}, tiles = {s.B, s.K, s.S64()}, none = {0};
+  p.k_scale = data<float>(io.operand("k_scale", {kF32}, tiles));
+  p.k_mean = data<float>(io.operand("k_mean", {kF32}, {s.B, s.K, s.Hp}));
+  p.v_dp = data<void>(io.operand("v_dp", {dp == 1 ? kS8 : kBF16}, dense));
+  p.v_dp_scale = data<float>(io.operand("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
+  p.m = data<float>(io.operand("m", {kF32}, rows));
+  p.l = data<float>(io.operand("l", {kF32}, rows));
+  auto out = io.operand("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
+  s.H = out.dimensions()[3];
+  io.require(
+      io.failed() || padded_head_dim(io, s.H) == s.Hp,
+      "`out` has " + std::to_string(s.H) + " channels, which is not what `q8` was padded from.");
+  auto dout = io.operand("dout", {kF32, kF16, kBF16}, {s.B, s.T, s.N, s.H});
+  p.dlse = data<float>(io.operand("dlse", {kF32}, rows));
+  p.masks = read_masks(io, s, window_left, window_right);
+  p.dq = writable(io.result("dq", {kF32, kF16, kBF16}, {s.B, s.T, s.N, s.H}));
+  p.dk = writable(io.result("dk", {kF32, kF16, kBF16}, {s.B, s.S, s.K, s.H}));
+  p.dv = writable(io.result("dv", {kF32, kF16, kBF16}, {s.B, s.S, s.K, s.H}));
+  auto dlogits = io.result("dlogits", {kF32}, kRank4);
+  if (dlogits.element_count() > 0) {
+    auto t = dlogits.dimensions();
+    io.require(t[0] == s.B && t[1] == s.N && t[2] == s.T && t[3] == s.S,
+               "`dlogits` is neither empty nor of shape [B, N, T, S].");
+    p.dlogits = data<float>(dlogits);
+  }
+  p.shape = s;
+  p.q8 = data<int8_t>(q8);
+  p.k8 = data<int8_t>(k8);
+  p.out = array(out);
+  p.dout = array(dout);
+  p.backward = static_cast<Backward>(backward);
+  p.dp = static_cast<Dp>(dp);
+  p.exact_delta = exact_delta != 0;
+  p.scale = scale;
+  return run(io, kernels().attend_backward, p, pool);
+}
+
+// What all four bindings begin with.
+auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(); }
+
+}  // namespace
+
+XLA_FFI_Error* quantize_kv_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<int32_t>("pv")
+                             .Attr<float>("v_range")
+                             .Attr<int32_t>("smooth_k")
+                             .Attr<int32_t>("dp")
+                             .To(quantize_kv)
+                             .release();
+  return handler->Call(frame);
+}
+
+XLA_FFI_Error* quantize_q_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      bind().Attr<int64_t>("q_block").Attr<float>("scale").To(quantize_q).release();
+  return handler->Call(frame);
+}
+
+XLA_FFI_Error* attend_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<int32_t>("pv")
+                             .Attr<int32_t>("f16_accumulate")
+                             .Attr<float>("scale")
+                             .Attr<int64_t>("window_left")
+                             .Attr<int64_t>("window_right")
+                             .To(attend)
+                             .release();
+  return handler->Call(frame);
+}
+
+XLA_FFI_Error* attend_backward_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<int32_t>("backward")
+                             .Attr<int32_t>("dp")
+                             .Attr<int32_t>("exact_delta")
+                             .Attr<float>("scale")
+                             .Attr<int64_t>("window_left")
+                             .Attr<int64_t>("window_right")
+                             .To(attend_backward)
+                             .release();
+  return handler->Call(frame);
+}
+
+}  // namespace sage

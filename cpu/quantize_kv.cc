@@ -1,0 +1,282 @@
+// sage_jax_quantize_kv (docs/abi.md, section 1), in three sweeps over tiles of 64 tokens:
+//   1. which keys are bad, each tile's sum of K and, for scales per channel, its maxima of |V|;
+//   2. per head: the mean of K and the channel scales of V;
+//   3. codes and tile scales.
+// The second sweep over k and v finds most of them still in cache.
+#include "numerics.h"
+#include "tiles.h"
+
+namespace sage::SAGE_ISA {
+namespace {
+
+struct Plan {
+  const QuantizeKv& p;
+  Shape s;
+  int64_t tiles;
+  bool* bad;      // [B, K, Sp]: valid, but holds a NaN or Inf
+  float* sums;    // [B, K, S64, Hp]: of K over the tile
+  float* v_amax;  // [B, K, S64, Hp]
+
+  int64_t valid_keys(int64_t b) const {
+    int64_t keys = p.bounds[3 * b + 1];
+    return keys < 0 ? 0 : keys < s.S ? keys : s.S;
+  }
+  int64_t row_offset(int64_t b, int64_t j, int64_t k) const {
+    return ((b * s.S + j) * s.K + k) * s.H;
+  }
+};
+
+struct TileAt {
+  int64_t b, k, head, first, valid;  // head = b K + k; valid keys of the tile come first
+  TileAt(const Plan& plan, int64_t item) {
+    int64_t tile = item % plan.tiles;
+    head = item / plan.tiles;
+    b = head / plan.s.K;
+    k = head % plan.s.K;
+    first = tile * kTile;
+    int64_t left = plan.valid_keys(b) - first;
+    valid = left < 0 ? 0 : left < kTile ? left : kTile;
+  }
+};
+
+// Loads the tile's rows, zeros for keys that take no part.
+void load_tile(float* to, const Plan& plan, const TileAt& at, Array from) {
+  const bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
+  for (int64_t j = 0; j < kTile; ++j) {
+    float* row = to + j * plan.s.Hp;
+    if (j < at.valid && !bad[j]) {
+      int64_t offset = plan.row_offset(at.b, at.first + j, at.k);
+      load_row(row, from, offset, plan.s.H, plan.s.Hp);
+    } else {
+      __builtin_memset(row, 0, plan.s.Hp * sizeof(float));
+    }
+  }
+}
+
+// Adds the second half of `rows` rows to the first, again and again: the order that makes sums
+// reproducible.
+void halving_sum(float* x, int64_t rows, int64_t Hp) {
+  for (int64_t half = rows / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half * Hp; i += kLanes) {
+      store(x + i, loadf(x + i) + loadf(x + half * Hp + i));
+    }
+  }
+}
+
+void find_bad(const Plan& plan, const TileAt& at, float* k, float* v) {
+  bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
+  for (int64_t j = 0; j < kTile; ++j) {
+    bad[j] = false;
+    if (j >= at.valid) continue;
+    int64_t offset = plan.row_offset(at.b, at.first + j, at.k);
+    load_row(k + j * plan.s.Hp, plan.p.k, offset, plan.s.H, plan.s.Hp);
+    load_row(v + j * plan.s.Hp, plan.p.v, offset, plan.s.H, plan.s.Hp);
+    bad[j] = !all_finite(k + j * plan.s.Hp, plan.s.Hp) || !all_finite(v + j * plan.s.Hp, plan.s.Hp);
+  }
+  for (int64_t j = 0; j < kTile; ++j) {
+    if (j < at.valid && !bad[j]) continue;
+    __builtin_memset(k + j * plan.s.Hp, 0, plan.s.Hp * sizeof(float));
+    __builtin_memset(v + j * plan.s.Hp, 0, plan.s.Hp * sizeof(float));
+  }
+}
+
+void summarise_tile(const Plan& plan, int64_t item, float* k, float* v) {
+  TileAt at(plan, item);
+  int64_t Hp = plan.s.Hp;
+  find_bad(plan, at, k, v);
+  if (plan.p.smooth_k) {
+    halving_sum(k, kTile, Hp);
+    __builtin_memcpy(plan.sums + item * Hp, k, Hp * sizeof(float));
+  }
+  float* amax = plan.v_amax + item * Hp;
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F top{};
+    for (int64_t j = 0; j < kTile; ++j) top = max(top, absolute(loadf(v + j * Hp + h)));
+    store(amax + h, top);
+  }
+}
+
+// The same order as halving_sum over the tiles' sums, zero-padded to a power of two.
+void add_tiles(float* sums, int64_t tiles, int64_t Hp) {
+  int64_t padded = 1;
+  while (padded < tiles) padded *= 2;
+  for (int64_t half = padded / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half && i < tiles; ++i) {
+      for (int64_t h = 0; h < Hp; h += kLanes) {
+        float* to = sums + i * Hp + h;
+        store(to, loadf(to) + (i + half < tiles ? loadf(to + half * Hp) : F{}));
+      }
+    }
+    if (tiles > half) tiles = half;
+  }
+}
+
+void finish_head(const Plan& plan, int64_t head) {
+  int64_t Hp = plan.s.Hp, tiles = plan.tiles, b = head / plan.s.K;
+  float* mean = plan.p.k_mean + head * Hp;
+  __builtin_memset(mean, 0, Hp * sizeof(float));
+  if (plan.p.smooth_k && tiles) {
+    const bool* bad = plan.bad + head * plan.s.Sp();
+    int32_t count = 0;
+    for (int64_t j = 0; j < plan.valid_keys(b); ++j) count += !bad[j];
+    float* sums = plan.sums + head * tiles * Hp;
+    add_tiles(sums, tiles, Hp);
+    float reciprocal = 1.f / static_cast<float>(count > 1 ? count : 1);
+    for (int64_t h = 0; h < Hp; h += kLanes) {
+      store(mean + h, round_bf16(loadf(sums + h) * reciprocal));
+    }
+  }
+  if (plan.p.pv == Pv::int8) return;
+  float* amax =
+      plan.v_amax + head * tiles * Hp;  // the first tile's place becomes the head's maximum
+  for (int64_t h = 0; h < Hp; ++h) {
+    float top = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      if (amax[tile * Hp + h] > top) top = amax[tile * Hp + h];
+    }
+    float scale = 1;
+    if (plan.p.pv == Pv::e4m3) scale = Group(top, plan.p.v_range).scale;
+    if (plan.p.pv == Pv::f16) scale = top < kTiny ? 0 : power_of_two(exponent_of(top));
+    plan.p.v_scale[head * Hp + h] = scale;
+    if (tiles) amax[h] = top;
+  }
+}
+
+float largest_of(const float* x, int64_t count) {
+  F top{};
+  for (int64_t i = 0; i < count; i += kLanes) top = max(top, absolute(loadf(x + i)));
+  return largest(top);
+}
+
+// INT8 codes of a tile of 64 × Hp with one scale, which is returned.
+float int8_tile(int8_t* codes, const float* x, int64_t Hp) {
+  Group group(largest_of(x, kTile * Hp), 127);
+  for (int64_t i = 0; i < kTile * Hp; i += kLanes) {
+    store_codes(codes + i, int8_values(loadf(x + i), splat(group.inverse)));
+  }
+  return group.scale;
+}
+
+// Codes [64, Hp] of one byte to the transposed layout [Hp, Sp].
+void store_transposed(uint8_t* to, int64_t Sp, const uint8_t* codes, int64_t Hp, uint8_t* rows) {
+  for (int64_t group = 0; group < kTile; group += 16) {
+    for (int p = 0; p < 16; ++p) {
+      __builtin_memcpy(rows + p * Hp, codes + (group + kPi[p]) * Hp, Hp);
+    }
+    for (int64_t h = 0; h < Hp; h += 16) transpose_bytes(to + h * Sp + group, Sp, rows + h, Hp);
+  }
+}
+
+struct TileScratch {
+  float *k, *v;                // [64, Hp]
+  uint8_t *codes, *reordered;  // [64, Hp], [16, Hp]
+};
+
+void encode_k(const Plan& plan, const TileAt& at, int64_t item, const TileScratch& scratch) {
+  const Shape& s = plan.s;
+  const bool* bad = plan.bad + at.head * s.Sp() + at.first;
+  const float* mean = plan.p.k_mean + at.head * s.Hp;
+  for (int64_t j = 0; j < at.valid; ++j) {
+    if (bad[j]) continue;
+    float* row = scratch.k + j * s.Hp;
+    for (int64_t h = 0; h < s.Hp; h += kLanes) store(row + h, loadf(row + h) - loadf(mean + h));
+  }
+  auto* codes = reinterpret_cast<int8_t*>(scratch.codes);
+  float scale = int8_tile(codes, scratch.k, s.Hp);
+  int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
+  for (int64_t j = 0; j < keys; ++j) {
+    if (!bad[j]) continue;
+    codes[j * s.Hp] = -128;
+    if (scale >= 0) scale = scale == 0 ? -0x1p-126f : -scale;
+  }
+  plan.p.k_scale[item] = scale;
+  __builtin_memcpy(plan.p.k8 + (at.head * s.S + at.first) * s.Hp, codes, keys * s.Hp);
+}
+
+void encode_v(const Plan& plan, const TileAt& at, int64_t item, const TileScratch& scratch) {
+  const Shape& s = plan.s;
+  int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
+  int64_t dense = (at.head * s.S + at.first) * s.Hp;        // in [B, K, S, Hp]
+  int64_t transposed = at.head * s.Hp * s.Sp() + at.first;  // in [B, K, Hp, Sp]
+  const float* amax = plan.v_amax + at.head * plan.tiles * s.Hp;
+  auto* halves = static_cast<uint16_t*>(plan.p.v_pv) + dense;
+  auto* bytes = static_cast<uint8_t*>(plan.p.v_pv) + transposed;
+  if (plan.p.pv == Pv::int8) {
+    plan.p.v_scale[item] = int8_tile(reinterpret_cast<int8_t*>(scratch.codes), scratch.v, s.Hp);
+    store_transposed(bytes, s.Sp(), scratch.codes, s.Hp, scratch.reordered);
+    return;
+  }
+  for (int64_t h = 0; h < s.Hp; h += kLanes) {
+    F inverse;
+    for (int i = 0; i < kLanes; ++i) {
+      float top = amax[h + i];
+      inverse[i] = plan.p.pv == Pv::e4m3 ? Group(top, plan.p.v_range).inverse
+                   : top < kTiny         ? 0
+                                         : power_of_two(-exponent_of(top));
+    }
+    for (int64_t j = 0; j < (plan.p.pv == Pv::e4m3 ? kTile : keys); ++j) {
+      F x = loadf(scratch.v + j * s.Hp + h);
+      if (plan.p.pv == Pv::bf16) {
+        store_bf16(halves + j * s.Hp + h, x);
+      } else if (plan.p.pv == Pv::f16) {
+        store_f16(halves + j * s.Hp + h, x * inverse);
+      } else {
+        store(scratch.codes + j * s.Hp + h, __builtin_convertvector(e4m3_code(x * inverse), Bytes));
+      }
+    }
+  }
+  if (plan.p.pv == Pv::e4m3) {
+    store_transposed(bytes, s.Sp(), scratch.codes, s.Hp, scratch.reordered);
+  }
+}
+
+void encode_v_dp(const Plan& plan, const TileAt& at, int64_t item, const TileScratch& scratch) {
+  const Shape& s = plan.s;
+  int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
+  int64_t dense = (at.head * s.S + at.first) * s.Hp;
+  if (plan.p.dp == Dp::int8) {
+    auto* codes = reinterpret_cast<int8_t*>(scratch.codes);
+    plan.p.v_dp_scale[item] = int8_tile(codes, scratch.v, s.Hp);
+    __builtin_memcpy(static_cast<int8_t*>(plan.p.v_dp) + dense, codes, keys * s.Hp);
+  } else if (plan.p.dp == Dp::bf16) {
+    auto* to = static_cast<uint16_t*>(plan.p.v_dp) + dense;
+    for (int64_t i = 0; i < keys * s.Hp; i += kLanes) store_bf16(to + i, loadf(scratch.v + i));
+  }
+}
+
+}  // namespace
+
+void quantize_kv(const QuantizeKv& p, Pool& pool) {
+  const Shape& s = p.shape;
+  int64_t heads = s.B * s.K, items = heads * s.S64();
+  Scratch shared;
+  Plan plan = {p,
+               s,
+               s.S64(),
+               shared.take<bool>(heads * s.Sp()),
+               shared.take<float>(p.smooth_k ? items * s.Hp : 0),
+               shared.take<float>(items * s.Hp)};
+  on_workers(pool, items, [&](Items& work) {
+    Scratch scratch;
+    auto *k = scratch.take<float>(kTile * s.Hp), *v = scratch.take<float>(kTile * s.Hp);
+    for (int64_t item; work.take(&item);) summarise_tile(plan, item, k, v);
+  });
+  on_workers(pool, heads, [&](Items& work) {
+    for (int64_t head; work.take(&head);) finish_head(plan, head);
+  });
+  on_workers(pool, items, [&](Items& work) {
+    Scratch memory;
+    TileScratch scratch = {memory.take<float>(kTile * s.Hp), memory.take<float>(kTile * s.Hp),
+                           memory.take<uint8_t>(kTile * s.Hp), memory.take<uint8_t>(16 * s.Hp)};
+    for (int64_t item; work.take(&item);) {
+      TileAt at(plan, item);
+      load_tile(scratch.k, plan, at, p.k);
+      load_tile(scratch.v, plan, at, p.v);
+      encode_k(plan, at, item, scratch);
+      encode_v(plan, at, item, scratch);
+      encode_v_dp(plan, at, item, scratch);
+    }
+  });
+}
+
+}  // namespace sage::SAGE_ISA

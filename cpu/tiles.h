@@ -1,0 +1,167 @@
+// Matrix products on tiles, and the packing that they read. Compiled once per instruction set.
+//
+// A *panel* matrix [depth, columns] stores kPanel columns at a time: panel after panel, each
+// [depth, kPanel]. The inner loop of a product then walks memory in one direction.
+#pragma once
+
+#include "numerics.h"
+
+namespace sage::SAGE_ISA {
+
+constexpr int64_t kPanel = kMicroVectors * kLanes;
+static_assert(kTile % kPanel == 0, "a tile of 64 columns is a whole number of panels");
+
+// Offset of (row, column) in a panel matrix; columns `column ... column + kLanes - 1` are adjacent.
+inline int64_t panel_offset(int64_t depth, int64_t row, int64_t column) {
+  return column / kPanel * depth * kPanel + row * kPanel + column % kPanel;
+}
+
+struct Left {  // the left operand [rows, depth] of a float product, with strides in elements
+  const float* data;
+  int64_t row_stride, depth_stride;
+};
+struct Right {  // the right operand, a panel matrix or a range of its rows
+  const float* data;
+  int64_t depth, panel_stride;
+  Right(const float* panels, int64_t rows)
+      : data(panels), depth(rows), panel_stride(rows * kPanel) {}
+  Right rows(int64_t begin, int64_t count) const {
+    Right part = *this;
+    part.data += begin * kPanel;
+    part.depth = count;
+    return part;
+  }
+};
+struct Weights {  // one factor for each row of a product (stride 1) or one for all (stride 0)
+  const float* data;
+  int64_t stride;
+};
+
+template <int kRows>
+inline void float_block(float* c, int64_t ldc, const float* a, Left strides, const float* b,
+                        int64_t depth, const float* weight, int64_t weight_stride) {
+  F sum[kRows][kMicroVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    F x[kMicroVectors];
+    for (int v = 0; v < kMicroVectors; ++v) x[v] = loadf(b + k * kPanel + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      F factor = splat(a[r * strides.row_stride + k * strides.depth_stride]);
+      for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = multiply_add(factor, x[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kMicroVectors; ++v) {
+      float* to = c + r * ldc + v * kLanes;
+      store(to, multiply_add(sum[r][v], splat(weight[r * weight_stride]), loadf(to)));
+    }
+  }
+}
+
+// c[r, :] += weight[r] · Σ_k a[r, k] b[k, :]
+inline void add_product(float* c, int64_t ldc, int64_t rows, int64_t columns, Left a, Right b,
+                        Weights weight) {
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const float* panel = b.data + column / kPanel * b.panel_stride;
+    auto block = [&](auto kernel, int64_t r) {
+      kernel(c + r * ldc + column, ldc, a.data + r * a.row_stride, a, panel, b.depth,
+             weight.data + r * weight.stride, weight.stride);
+    };
+    int64_t r = 0;
+    for (; rows - r >= kMicroRows; r += kMicroRows) block(float_block<kMicroRows>, r);
+    for (; rows - r >= 4; r += 4) block(float_block<4>, r);
+    for (; rows - r >= 1; r += 1) block(float_block<1>, r);
+  }
+}
+
+// INT8 operands are held as int16: two channels share the 32 bits of a lane, as dot_pairs wants
+// them.
+
+template <int kRows>
+inline void int_block(int32_t* c, int64_t ldc, const int16_t* a, int64_t Hp, const int32_t* panel) {
+  I sum[kRows][kMicroVectors] = {};
+  for (int64_t k = 0; k < Hp / 2; ++k) {
+    I b[kMicroVectors];
+    for (int v = 0; v < kMicroVectors; ++v) b[v] = load<I>(panel + k * kPanel + v * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      int32_t pair;
+      __builtin_memcpy(&pair, a + r * Hp + 2 * k, 4);
+      I x = splat_int(pair);
+      for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = dot_pairs(sum[r][v], x, b[v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kMicroVectors; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+  }
+}
+
+// c[r, j] = Σ_h a[r, h] b[j, h] for the 64 keys j of a tile; a int16 [rows, Hp], b from pack_keys.
+inline void int_product(int32_t* c, int64_t rows, const int16_t* a, int64_t Hp, const int32_t* b) {
+  for (int64_t column = 0; column < kTile; column += kPanel) {
+    const int32_t* panel = b + column * (Hp / 2);
+    auto block = [&](auto kernel, int64_t row) {
+      kernel(c + row * kTile + column, kTile, a + row * Hp, Hp, panel);
+    };
+    int64_t r = 0;
+    for (; rows - r >= kMicroRows; r += kMicroRows) block(int_block<kMicroRows>, r);
+    for (; rows - r >= 4; r += 4) block(int_block<4>, r);
+    for (; rows - r >= 1; r += 1) block(int_block<1>, r);
+  }
+}
+
+inline void widen(int16_t* to, const int8_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+// A tile of 64 keys (`keys` of them real, the rest zero) of int8 [*, Hp] as the right operand of
+// int_product: the panel matrix [Hp / 2, 64] of channel pairs.
+inline void pack_keys(int32_t* to, const int8_t* from, int64_t keys, int64_t Hp) {
+  typedef int16_t V8 __attribute__((vector_size(16)));
+  typedef int8_t B8 __attribute__((vector_size(8)));
+  for (int64_t j = 0; j < kTile; j += 8) {
+    for (int64_t h = 0; h < Hp; h += 16) {
+      V8 x[8], y[8];  // an 8 × 8 matrix of byte pairs, transposed in three rounds
+      for (int i = 0; i < 8; ++i) x[i] = j + i < keys ? load<V8>(from + (j + i) * Hp + h) : V8{};
+      constexpr V8 low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+      for (int round = 0; round < 3; ++round) {
+        for (int i = 0; i < 4; ++i) {
+          y[2 * i] = __builtin_shuffle(x[i], x[i + 4], low);
+          y[2 * i + 1] = __builtin_shuffle(x[i], x[i + 4], high);
+        }
+        for (int i = 0; i < 8; ++i) x[i] = y[i];
+      }
+      for (int i = 0; i < 8; ++i) {  // x[i]: channels h + 2i and h + 2i + 1 of eight keys
+        B8 half[2];
+        __builtin_memcpy(half, &x[i], 16);
+        for (int part = 0; part < 2; ++part) {
+          int64_t at = panel_offset(Hp / 2, h / 2 + i, (j + 4 * part) / kLanes * kLanes) +
+                       (j + 4 * part) % kLanes;
+          store(to + at, __builtin_convertvector(half[part], V8));
+        }
+      }
+    }
+  }
+}
+
+// Transposes a 16 × 16 matrix of bytes: to[c * to_stride + r] = from[r * from_stride + c].
+inline void transpose_bytes(uint8_t* to, int64_t to_stride, const uint8_t* from,
+                            int64_t from_stride) {
+  typedef uint8_t V16 __attribute__((vector_size(16)));
+  constexpr V16 low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  constexpr V16 high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  V16 x[16], y[16];
+  for (int i = 0; i < 16; ++i) x[i] = load<V16>(from + i * from_stride);
+  for (int round = 0; round < 4; ++round) {
+    for (int i = 0; i < 8; ++i) {
+      y[2 * i] = __builtin_shuffle(x[i], x[i + 8], low);
+      y[2 * i + 1] = __builtin_shuffle(x[i], x[i + 8], high);
+    }
+    for (int i = 0; i < 16; ++i) x[i] = y[i];
+  }
+  for (int i = 0; i < 16; ++i) store(to + i * to_stride, x[i]);
+}
+
+// Stored position p of a transposed tensor's group of 16 holds token kPi[p] (docs/abi.md,
+// "Rounding").
+constexpr int kPi[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
+
+}  // namespace sage::SAGE_ISA

@@ -1,0 +1,40 @@
+// The one way in which kernels are launched: on the caller's stream, with the dynamic shared memory
+// the kernel asks for, every error reported as text instead of being left for the next call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/params.h"
+
+namespace sage {
+
+inline constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more needs the kernel's consent
+
+template <class Params>
+const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
+                   Stream stream, const Params& params) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;  // empty arrays: nothing to do
+  cudaError_t status = cudaSuccess;
+  if (shared_bytes > kDefaultSharedBytes) {
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(shared_bytes));
+  }
+  if (status == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    status = cudaLaunchKernelEx(&config, kernel, params);
+  }
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // the error is ours and reported: do not leave it for somebody else's check
+  return cudaGetErrorString(status);
+}
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+}  // namespace sage

@@ -1,0 +1,27 @@
+// cp.async: 16-byte copies from global to shared memory that complete in groups, oldest first.
+#pragma once
+
+#include <cstdint>
+
+namespace sage::ptx {
+
+// Copies 16 bytes, or writes 16 zero bytes where `valid` is false (the source is not read then).
+// Both addresses are multiples of 16. Bypasses L1: tiles are used once per block.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's newest groups are still under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace sage::ptx

@@ -1,0 +1,48 @@
+// Conversions between number formats, two at a time; the first argument lands in the low half.
+// All round to nearest even.
+#pragma once
+
+#include <cstdint>
+
+namespace sage::ptx {
+
+__device__ __forceinline__ uint32_t cvt_f16x2_f32(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+__device__ __forceinline__ uint32_t cvt_bf16x2_f32(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+__device__ __forceinline__ void cvt_f32_f16x2(float& low, float& high, uint32_t pair) {
+  asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+}
+
+// sm_89 and later. Saturates at ±448.
+__device__ __forceinline__ uint16_t cvt_e4m3x2_f32(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// sm_89 and later. Saturates at ±448.
+__device__ __forceinline__ uint16_t cvt_e4m3x2_f16x2(uint32_t pair) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(r) : "r"(pair));
+  return r;
+}
+
+// sm_89 and later. Exact.
+__device__ __forceinline__ uint32_t cvt_f16x2_e4m3x2(uint16_t pair) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
+  return r;
+}
+
+}  // namespace sage::ptx

@@ -1,0 +1,36 @@
+// Single arithmetic instructions that CUDA C++ does not spell without compiler flags.
+#pragma once
+
+#include <cstdint>
+
+namespace sage::ptx {
+
+// 2^x within about 2^-22; ex2(-inf) = 0, subnormal results become 0.
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x) within about 2^-22.
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Bytes picked from {a: 0..3, b: 4..7} by the nibbles of `selector`, lowest first.
+__device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+
+// x, of which the compiler knows nothing: what is computed from it inside a loop stays inside,
+// instead of waiting for its turn in a register.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+}  // namespace sage::ptx

@@ -1,0 +1,10 @@
+// Stands for sm90/backward_train8.cu in builds without sm_90.
+#include "sm80/backward.h"
+
+namespace sage {
+
+const char* train8_gradients_sm90(const BackwardCall& params, Stream stream) {
+  return train8_gradients_sm80(params, stream);
+}
+
+}  // namespace sage

@@ -1,0 +1,232 @@
+"""Trains a small byte-level GPT with exact attention, then again with 8-bit attention.
+
+Every run starts from the same parameters and sees the same batches, so all that differs is the
+attention. Writes a table, loss curves, all numbers and a sample of generated text.
+
+    python examples/train_gpt.py                      # sizes fit the machine
+    python examples/train_gpt.py --recipes sagebwd --steps 50 --output somewhere
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import platform
+import shlex
+import sys
+import time
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import sage_jax
+from gpt import report, sampling, text, training
+from gpt.model import GPT, Shape
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Defaults of the options of the same names."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    context: int
+    batch: int
+    steps: int
+    learning_rate: float
+    dtype: str
+    recipes: str
+    exact: str
+
+
+PRESETS = {
+    # About two minutes on two cores.
+    "cpu": Preset(
+        layers=3, heads=2, head_dim=64, context=512, batch=4, steps=200,
+        learning_rate=3e-3, dtype="float32", recipes="train8", exact="xla",
+    ),
+    # 151 million parameters in the blocks.
+    "gpu": Preset(
+        layers=12, heads=8, head_dim=128, context=4096, batch=4, steps=300,
+        learning_rate=6e-4, dtype="bfloat16", recipes="train8,sagebwd", exact="cudnn",
+    ),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    started = time.perf_counter()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options = _with_preset(parser, parser.parse_args(given))
+    shape = Shape(
+        options.layers, options.heads, options.head_dim, options.context, DTYPES[options.dtype]
+    )
+    try:
+        attentions = _attentions(options)
+        corpus = text.load(options.text, options.context)
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as problem:
+        parser.error(str(problem))
+
+    model = nnx.jit(lambda: GPT(shape, rngs=nnx.Rngs(options.seed)))()
+    size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    device = jax.devices()[0]
+    print(
+        f"{size / 1e6:.1f}M parameters, {shape.layers} layers, {shape.heads} heads of "
+        f"{shape.head_dim}, context {shape.context}, {options.dtype}, on {device.device_kind}\n"
+        f"{corpus.train.size / 1e6:.1f} MB of text to train on, {corpus.held_out.size / 1e6:.1f} "
+        f"MB held out: {corpus.files} files of {corpus.folder}"
+    )
+    runs = [
+        training.train(
+            name, attend, model, corpus, steps=options.steps, batch=options.batch,
+            context=shape.context, learning_rate=options.learning_rate, seed=options.seed,
+        )
+        for name, attend in attentions.items()
+    ]  # fmt: skip
+    sample = sampling.generate(
+        model, runs[-1].parameters, options.prompt.encode(), options.sample, options.seed
+    ).decode(errors="replace")
+
+    facts = {
+        "command": shlex.join(["python", "examples/train_gpt.py", *given]),
+        "options": {name: _plain(value) for name, value in vars(options).items()},
+        "parameters": size,
+        "text_bytes": {"train": corpus.train.size, "held_out": corpus.held_out.size},
+        "device": device.device_kind,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "sage_jax": sage_jax.__version__,
+        },
+    }
+    title = f"{size / 1e6:.1f}M parameters, context {shape.context}, {device.device_kind}"
+    report.write_json(options.output / "results.json", runs, facts, sample)
+    report.plot(options.output / "loss.png", runs, title)
+    print(f"\n{report.table(runs)}\n")
+    print(f"Written by {runs[-1].name} through a cache of 8-bit keys and values:\n")
+    print("\n".join(f"    {line}" for line in sample.splitlines()))
+    seconds = time.perf_counter() - started
+    print(f"\n{options.output}/loss.png, {options.output}/results.json ({seconds:.0f} s in all)")
+    return 0
+
+
+def _attentions(options) -> dict:
+    """Name -> attention function of every run, the exact one first.
+
+    Raises:
+      ValueError: a recipe does not exist, cannot train, or does not fit the model.
+    """
+    exact = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=options.exact
+    )
+    attentions = {"exact": exact}
+    q = jax.ShapeDtypeStruct(
+        (options.batch, options.context, options.heads, options.head_dim), DTYPES[options.dtype]
+    )
+    for recipe in options.recipes.split(","):
+        ours = functools.partial(
+            sage_jax.dot_product_attention,
+            is_causal=True,
+            recipe=recipe,
+            implementation=options.implementation,
+        )
+        refusal = sage_jax.supports(
+            q, q, q, is_causal=True, recipe=recipe, differentiate=True,
+            implementation=options.implementation,
+        )  # fmt: skip
+        if refusal:
+            raise ValueError(refusal)
+        attentions[recipe] = ours
+    return attentions
+
+
+def _with_preset(parser: argparse.ArgumentParser, options: argparse.Namespace):
+    """Fills in what was not given, and refuses numbers that no model can have."""
+    if options.preset is None:
+        options.preset = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    for name, value in dataclasses.asdict(PRESETS[options.preset]).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.head_dim % 2:
+        parser.error(f"--head-dim {options.head_dim} is odd; rotary positions need an even number")
+    if options.exact == "cudnn" and (jax.default_backend() != "gpu" or options.dtype == "float32"):
+        parser.error(
+            f"--exact cudnn needs a GPU and --dtype bfloat16 or float16, but JAX runs on "
+            f"{jax.default_backend()} and the type is {options.dtype}; use --exact xla"
+        )
+    if not options.prompt:
+        parser.error("--prompt is empty; give at least one character to continue")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineErrors(
+        description=__doc__.split("\n\n    ")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A preset gives the value of every option that is not given:\n"
+        + "\n".join(f"  {name}: {_options_of(preset)}" for name, preset in PRESETS.items()),
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="sizes; default: gpu if JAX sees a GPU, otherwise cpu")
+    add("--recipes", metavar="A,B", help="8-bit recipes to compare with exact attention")
+    add("--layers", type=_count, metavar="N", help="transformer blocks")
+    add("--heads", type=_count, metavar="N", help="attention heads; width is heads x head-dim")
+    add("--head-dim", type=_count, metavar="N", help="channels of a head, even")
+    add("--context", type=_count, metavar="N", help="bytes a sequence")
+    add("--batch", type=_count, metavar="N", help="sequences a step")
+    add("--steps", type=_count, metavar="N", help="training steps of each run")
+    add("--learning-rate", type=_positive, metavar="X", help="AdamW's peak learning rate")
+    add("--dtype", choices=DTYPES, help="type of activations; parameters are always float32")
+    add("--exact", choices=("xla", "cudnn"), help="implementation of jax.nn in the exact run")
+    add("--implementation", choices=("cpu", "cuda", "reference"),
+        help="implementation of sage_jax; default: the best one for the device")  # fmt: skip
+    add("--text", type=pathlib.Path, metavar="DIR",
+        help="folder of *.py files, the text; default: Python's standard library")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of parameters, batches and sample")
+    add("--prompt", default="def ", help="start of the generated text; default: %(default)r")
+    add("--sample", type=_count, default=240, metavar="N",
+        help="bytes to generate; default: %(default)s")  # fmt: skip
+    add("--output", type=pathlib.Path, default=pathlib.Path("demo_output"), metavar="DIR",
+        help="where loss.png and results.json go; default: %(default)s")  # fmt: skip
+    return parser
+
+
+class _OneLineErrors(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains every option)\n")
+
+
+def _count(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 1 up")
+    return int(word)
+
+
+def _positive(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a positive number")
+    return number
+
+
+def _options_of(preset: Preset) -> str:
+    fields = dataclasses.asdict(preset).items()
+    return ", ".join(f"{name.replace('_', '-')} {value}" for name, value in fields)
+
+
+def _plain(value):
+    return str(value) if isinstance(value, pathlib.Path) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""The four operations of `docs/abi.md`, on whichever backend runs them.
+
+An operation is a function of arrays under static `Settings`. `operation(name, settings)` gives it
+with everything JAX may do to it: compiled once, `vmap` folded into the batch, split over devices,
+the backend chosen when the program is compiled for a platform, and a clear error for derivatives
+(`_vjp.py` defines those that exist). Native modules are loaded and registered at the first call
+that may need them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_jax import _batching, _compat, _refusal, _sharding, _workspace, reference
+from sage_jax.masking import Masks, no_masks
+from sage_jax.quantization import QuantizedKV, QuantizedQ
+from sage_jax.recipe import Recipe, padded_head_dim
+
+IMPLEMENTATIONS = ("cpu", "cuda", "reference")
+PLATFORMS = {
+    "cpu": "cpu",
+    "cuda": "CUDA",
+}  # of a native implementation: the name XLA registers it under
+
+LAYOUTS = {  # operands, results: see _batching.py
+    "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK.. BK."),
+    "quantize_q": ("B.N. BK. B.", "BN.. BN. BN."),
+    "attend": (
+        "BN.. BN. BN. BK.. BK. BK.. BK. B. B. B. bn.. bn..",
+        "B.N. BN. BN. BN.",
+    ),
+    "attend_backward": (
+        "BN.. BN. BK.. BK. BK. BK.. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
+        "B.N. B.K. B.K. BN..",
+    ),
+}
+
+NO_BIAS_ON_CUDA = (
+    "bias is not supported by implementation='cuda'; pass a boolean mask instead, or use "
+    "implementation='reference' here or "
+    "jax.nn.dot_product_attention."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The static part of a call.
+
+    Attributes:
+      recipe: all numerics.
+      scale: softmax scale, positive.
+      window_left, window_right: window edges of `docs/abi.md`.
+      head_dim: H before padding.
+      dtype: of query, key, value, out and their gradients.
+      implementation: "cpu" | "cuda" | "reference", or None: chosen by platform.
+      for_backward: also quantize V for the backward pass.
+    """
+
+    recipe: Recipe
+    scale: float
+    window_left: int
+    window_right: int
+    head_dim: int
+    dtype: np.dtype
+    implementation: str | None = None
+    for_backward: bool = False
+
+    @property
+    def dp(self) -> str | None:
+        return self.recipe.dp_format if self.for_backward else None
+
+
+# ----------------------------------------------------------------------------------- native modules
+
+
+@functools.cache
+def load(implementation: str):
+    """The native module of "cpu" or "cuda" with its operations registered, or None if it was not
+    built.
+
+    Raises:
+      ImportError: it was built for a newer JAX than the installed one.
+    """
+    name = f"sage_jax._native_{implementation}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+    offered = _compat.ffi_api_minor()
+    if module.api_minor > offered:
+        raise ImportError(
+            f"sage_jax's {implementation} module was built against XLA FFI 0.{module.api_minor}, "
+            f"but the installed jaxlib "
+            f"offers 0.{offered}: upgrade jax, or rebuild sage_jax in this environment."
+        )
+    for target, capsule in module.registrations().items():
+        jax.ffi.register_ffi_target(target, capsule, platform=PLATFORMS[implementation])
+    return module
+
+
+def _result_types(name, settings: Settings, operands):
+    """Shapes and dtypes of an operation's results (`docs/abi.md`)."""
+    recipe, none = settings.recipe, (0,)
+    padded = padded_head_dim(settings.head_dim)
+    if name == "quantize_kv":
+        B, S, K, _ = operands[0].shape
+        tiles = -(-S // 64)
+        plain, turned = (B, K, S, padded), (B, K, padded, tiles * 64)
+        v_pv = {
+            "e4m3": (turned, jnp.float8_e4m3fn),
+            "f16": (plain, jnp.float16),
+            "bf16": (plain, jnp.bfloat16),
+            "int8": (turned, jnp.int8),
+        }[recipe.pv]
+        v_dp = {None: (none, jnp.int8), "int8": (plain, jnp.int8), "bf16": (plain, jnp.bfloat16)}
+        return (
+            (plain, jnp.int8),
+            ((B, K, tiles), jnp.float32),
+            ((B, K, padded), jnp.float32),
+            v_pv,
+            ((B, K, tiles) if recipe.pv == "int8" else (B, K, padded), jnp.float32),
+            v_dp[settings.dp],
+            ((B, K, tiles) if settings.dp == "int8" else none, jnp.float32),
+        )
+    if name == "quantize_q":
+        B, T, N, _ = operands[0].shape
+        return ((B, N, T, padded), jnp.int8), ((B, N, T), jnp.float32), ((B, N, T), jnp.float32)
+    B, N, T, _ = operands[0].shape
+    rows = ((B, N, T), jnp.float32)
+    if name == "attend":
+        return ((B, T, N, settings.head_dim), settings.dtype), rows, rows, rows
+    _, K, S, _ = operands[2].shape
+    dq, dkv = ((B, T, N, settings.head_dim), (B, S, K, settings.head_dim))
+    with_bias = operands[-1].size > 0
+    return (
+        (dq, settings.dtype),
+        (dkv, settings.dtype),
+        (dkv, settings.dtype),
+        ((B, N, T, S) if with_bias else (0, 0, 0, 0), jnp.float32),
+    )
+
+
+def _attributes(name, settings: Settings):
+    """Attributes of the custom call, in exactly the integer and float types that the handlers
+    declare.
+    """
+    recipe, i32, i64, f32 = settings.recipe, np.int32, np.int64, np.float32
+    scale = {"scale": f32(settings.scale)}
+    window = {
+        "window_left": i64(settings.window_left),
+        "window_right": i64(settings.window_right),
+    }
+    dp = {None: 0, "int8": 1, "bf16": 2}[settings.dp]
+    return {
+        "quantize_kv": lambda: {
+            "pv": i32(recipe.pv_code),
+            "v_range": f32(recipe.v_range),
+            "smooth_k": i32(recipe.smooth_k),
+            "dp": i32(dp),
+        },
+        "quantize_q": lambda: {"q_block": i64(recipe.q_block), **scale},
+        "attend": lambda: {
+            "pv": i32(recipe.pv_code),
+            "f16_accumulate": i32(recipe.f16_accumulate),
+            **scale,
+            **window,
+        },
+        "attend_backward": lambda: {
+            "backward": i32(recipe.backward_code),
+            "dp": i32(recipe.dp_code),
+            "exact_delta": i32(recipe.delta == "exact"),
+            **scale,
+            **window,
+        },
+    }[name]()
+
+
+def _workspace_bytes(name, settings: Settings, operands) -> int | None:
+    """Length of the scratch result that a CUDA handler takes, or None where it takes none."""
+    padded = padded_head_dim(settings.head_dim)
+    if name == "quantize_q":
+        return None
+    if name == "quantize_kv":
+        B, S, K, _ = operands[0].shape
+        return _workspace.quantize_kv_bytes(B, S, K, padded)
+    masks = Masks(*operands[-5:])
+    masking = {"mask_shape": masks.mask.shape, "segments": masks.q_seg.size > 0}
+    B, N, T, _ = operands[0].shape
+    _, K, S, _ = operands[3 if name == "attend" else 2].shape
+    if name == "attend":
+        return _workspace.attend_bytes(B, T, S, **masking)
+    recipe = settings.recipe
+    codes = {"backward": recipe.backward_code, "dp": recipe.dp_code}
+    return _workspace.attend_backward_bytes(B, T, S, N, K, padded, **codes, **masking)
+
+
+def _native(implementation, name, settings, *operands):
+    """The custom call into a native module."""
+    results = _result_types(name, settings, operands)
+    scratch = ()
+    if implementation == "cuda":
+        size = _workspace_bytes(name, settings, operands)
+        scratch = () if size is None else (((size,), jnp.uint8),)
+    types = [_compat.result_type(operands[0], *t) for t in (*results, *scratch)]
+    call = jax.ffi.ffi_call(f"sage_jax_{name}", types)
+    return tuple(call(*operands, **_attributes(name, settings))[: len(results)])
+
+
+def _reference(name, settings: Settings, *operands):
+    """The specification, with the operands and results of the custom calls."""
+    recipe = settings.recipe
+    window = {"window_left": settings.window_left, "window_right": settings.window_right}
+    if name == "quantize_kv":
+        return tuple(
+            reference.quantize_kv(
+                *operands,
+                pv=recipe.pv,
+                v_range=recipe.v_range,
+                smooth_k=recipe.smooth_k,
+                dp=settings.dp,
+            )
+        )
+    if name == "quantize_q":
+        return tuple(reference.quantize_q(*operands, q_block=recipe.q_block, scale=settings.scale))
+    masks = Masks(*operands[-5:])
+    if name == "attend":
+        q8, q_scale, lse_shift, k8, k_scale, v_pv, v_scale = operands[:7]
+        return reference.attend(
+            QuantizedQ(q8, q_scale, lse_shift),
+            QuantizedKV(k8, k_scale, None, v_pv, v_scale, None, None),
+            masks,
+            pv=recipe.pv,
+            f16_accumulate=recipe.f16_accumulate,
+            scale=settings.scale,
+            **window,
+            head_dim=settings.head_dim,
+            out_dtype=settings.dtype,
+        )
+    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, *rows = operands[:-5]
+    return reference.attend_backward(
+        QuantizedQ(q8, q_scale, None),
+        QuantizedKV(k8, k_scale, k_mean, None, None, v_dp, v_dp_scale),
+        *rows,
+        masks,
+        backward=recipe.backward,
+        dp=recipe.dp,
+        exact_delta=recipe.delta == "exact",
+        scale=settings.scale,
+        **window,
+        dtypes=(settings.dtype,) * 3,
+        with_dlogits=masks.bias.size > 0,
+    )
+
+
+# ----------------------------------------------------------------------------------------- dispatch
+
+
+def _empty(name, settings, operands):
+    """Results where batch, queries or keys are missing altogether: rows that see nothing."""
+    fill = {"attend": (0, -jnp.inf, -jnp.inf, 0)}.get(name)
+    types = _result_types(name, settings, operands)
+    fills = fill or (0,) * len(types)
+    return tuple(
+        jnp.full(*shape_dtype[:1], f, shape_dtype[1]) for shape_dtype, f in zip(types, fills)
+    )
+
+
+def _dispatch(name, settings: Settings, *operands):
+    """One operation on unsharded, unbatched operands."""
+    axis = {"quantize_kv": 1, "quantize_q": 1, "attend": 2, "attend_backward": 2}[name]
+    keys = operands[{"attend": 3, "attend_backward": 2}.get(name, 0)]
+    if 0 in (operands[0].shape[0], operands[0].shape[axis], keys.shape[axis]):
+        results = _empty(name, settings, operands)
+    else:
+        results = _by_platform(name, settings, *operands)
+    axes = frozenset().union(*(_compat.varying(x) for x in operands))
+    return tuple(_compat.vary_over(x, axes) for x in results)
+
+
+def _by_platform(name, settings: Settings, *operands):
+    run = functools.partial
+    has_bias = len(operands) > 5 and operands[-1].size > 0
+
+    def types():
+        like = operands[0]
+        return [_compat.result_type(like, *t) for t in _result_types(name, settings, operands)]
+
+    def refuse(sentence):
+        return lambda *xs: _refusal.refuse(ValueError, sentence, xs, types())
+
+    @jax.jit  # keeps array constants inside: custom_partitioning takes none
+    def specification(*xs):
+        axes = _compat.varying(xs[0])
+        return tuple(_compat.vary_over(x, axes) for x in _reference(name, settings, *xs))
+
+    native = {kind: run(_native, kind, name, settings) for kind in PLATFORMS}
+    if has_bias:
+        native["cuda"] = refuse(NO_BIAS_ON_CUDA)
+    chosen = settings.implementation
+    if chosen == "reference":
+        return specification(*operands)
+    for kind in PLATFORMS:
+        available = load(kind) if chosen in (None, kind) else None
+        if chosen is None and kind == "cpu" and available is None:
+            native["cpu"] = specification
+    if chosen is None:
+        return jax.lax.platform_dependent(*operands, **native, default=specification)
+    sentence = (
+        f"implementation={chosen!r} was asked for, but the program is compiled for another "
+        f"platform; place the arrays on a "
+        f"{chosen} device, or use implementation=None or 'reference'."
+    )
+    return jax.lax.platform_dependent(
+        *operands, **{chosen: native[chosen]}, default=refuse(sentence)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def operation(name: str, settings: Settings):
+    """An operation of `docs/abi.md` as a function of its operands, giving a tuple of its results.
+
+    Absent operands and results are None here and zero-size arrays inside: XLA crashes on zero-size
+    arrays at the edge of a `shard_map`.
+    """
+    operand_layouts, result_layouts = LAYOUTS[name]
+
+    def run(*operands):
+        return _dispatch(name, settings, *operands)
+
+    split = _sharding.partitioned(run, operand_layouts, result_layouts)
+    complete = _refusal.undifferentiable(_batching.foldable(split, operand_layouts))
+
+    def entry(*operands):
+        nothing = dict(enumerate(no_masks(0, 0, 0), start=len(operands) - 5))
+        nothing[6] = jnp.zeros(0, jnp.float32)  # v_dp_scale, absent where V is kept in bf16
+        results = complete(*(nothing[i] if x is None else x for i, x in enumerate(operands)))
+        return tuple(None if _batching.absent(x) else x for x in results)
+
+    entry.__name__ = entry.__qualname__ = name  # seen in profiles and program texts
+    return jax.jit(entry)

@@ -1,0 +1,89 @@
+"""Attention with its reverse-mode derivative: the forward pass keeps the 8-bit tensors, not the
+inputs.
+
+Residuals are q8, k8 and V in the format of dO·Vᵀ with their scales, the mean of K, the row values m
+and l, the output, and the masks: about 64% of the bytes that a bf16 forward pass keeps. Each array
+made here carries the checkpoint name `RESIDUALS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from sage_jax._ffi import Settings, operation
+from sage_jax.masking import Masks
+from sage_jax.quantization import QuantizedKV, QuantizedQ
+from sage_jax.recipe import Recipe
+
+RESIDUALS = "sage_jax_residuals"
+
+
+def check_differentiable(recipe: Recipe):
+    """Raises ValueError for a recipe without a backward pass."""
+    if recipe.backward is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} is for inference only and has no gradient; under jax.grad "
+            f'use recipe="train8" (or leave '
+            'recipe out), or add a backward pass with recipe.replace(backward="train8").'
+        )
+
+
+def quantize_kv(settings: Settings, k, v, bounds) -> QuantizedKV:
+    return QuantizedKV(*operation("quantize_kv", settings)(k, v, bounds))
+
+
+def quantize_q(settings: Settings, q, k_mean, bounds) -> QuantizedQ:
+    return QuantizedQ(*operation("quantize_q", settings)(q, k_mean, bounds))
+
+
+def attend_quantized(settings: Settings, qq: QuantizedQ, kv: QuantizedKV, masks: Masks):
+    """out [B, T, N, H], lse, m, l [B, N, T]."""
+    values = kv.k8, kv.k_scale, kv.v_pv, kv.v_scale
+    return operation("attend", settings)(*qq, *values, *masks)
+
+
+def _forward(settings, q, k, v, masks):
+    kv = quantize_kv(settings, k, v, masks.bounds)
+    qq = quantize_q(settings, q, kv.k_mean, masks.bounds)
+    return qq, kv, attend_quantized(settings, qq, kv, masks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(settings: Settings, q, k, v, masks: Masks):
+    """out [B, T, N, H] in settings.dtype and lse float32 [B, N, T] of q [B, T, N, H] and
+    k, v [B, S, K, H].
+
+    Masks that were not given are None here.
+    """
+    out, lse, _, _ = _forward(settings, q, k, v, masks)[2]
+    return out, lse
+
+
+def _attention_fwd(settings, q, k, v, masks):
+    check_differentiable(settings.recipe)
+    settings = dataclasses.replace(settings, for_backward=True)
+    qq, kv, (out, lse, m, l) = _forward(settings, q, k, v, masks)
+    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, m, l, out
+    kept = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), kept)
+    return (kept[-1], checkpoint_name(lse, RESIDUALS)), (kept, masks)
+
+
+def _attention_bwd(settings, residuals, cotangents):
+    kept, masks = residuals
+    dout, dlse = cotangents
+    settings = dataclasses.replace(settings, for_backward=True)
+    dq, dk, dv, dlogits = operation("attend_backward", settings)(*kept, dout, dlse, *masks)
+    dbias = None
+    if masks.bias is not None:
+        shape = masks.bias.shape
+        broadcast = tuple(a for a in range(4) if shape[a] == 1 != dlogits.shape[a])
+        dbias = jnp.sum(dlogits, axis=broadcast, keepdims=True)
+    return dq, dk, dv, Masks(None, None, None, None, dbias)
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)

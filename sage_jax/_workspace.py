@@ -1,0 +1,102 @@
+"""Scratch memory of the CUDA handlers, sized from shapes alone.
+
+A CUDA handler may not allocate (its calls are captured in CUDA graphs), so scratch memory is one more result, `workspace`
+u8 [bytes], after the documented ones; XLA plans its memory. The launchers in `cuda/` carve the same buffer into the same
+rows, each starting at a multiple of 256 bytes: change both together (`tests/test_cuda_sim_backward.py` compares them).
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, Hp padded head dimension; Tp, Sp: T and S
+rounded up to multiples of 64.
+"""
+
+from __future__ import annotations
+
+import math
+
+TILE = 64
+ALIGNMENT = 256
+_BYTES = {"s8": 1, "u8": 1, "e4m3": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def _tiles(tokens: int) -> int:
+    return -(-tokens // TILE)
+
+
+def _total(rows) -> int:
+    """Bytes of a workspace made of (name, format, shape) rows."""
+    sizes = (math.prod(shape) * _BYTES[kind] for _, kind, shape in rows)
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
+    """Rows of the workspace of `sage_jax_quantize_kv`: partial reductions over tiles of 64 keys."""
+    return (
+        ("sums", "f32", (B, K, _tiles(S), Hp)),  # token sums of K per tile
+        ("counts", "u32", (B, K, _tiles(S))),  # tokens counted per tile
+        ("v_max", "u32", (B, K, Hp)),  # bits of the channel maxima of |V|
+    )
+
+
+def mask_rows(B: int, T: int, S: int, mask_shape, segments: bool):
+    """Rows that summarise segment ids and a dense mask per tile, so that kernels skip tiles without reading them.
+
+    Args:
+      mask_shape: shape of the dense mask, [0, 0, 0, 0] without one; its axes of size 1 stay 1 here.
+      segments: whether there are segment ids.
+    """
+    q, kv = (_tiles(T), _tiles(S)) if segments else (0, 0)
+    return (
+        ("q_seg_range", "s32", (B, q, 2)),  # smallest and largest id of each tile of 64 queries
+        ("kv_seg_range", "s32", (B, kv, 2)),
+        # 0 where a tile of 64 × 64 entries is all False, 2 where all are True, else 1
+        ("mask_tiles", "u8", (*mask_shape[:2], *(_tiles(n) for n in mask_shape[2:]))),
+    )
+
+
+def attend_backward_rows(
+    B: int, T: int, S: int, N: int, K: int, Hp: int, *, backward: int, dp: int
+):
+    """Rows of the workspace of `sage_jax_attend_backward` (codes as in `docs/abi.md`), before those of `mask_rows`.
+
+    `x`, `y`, `z` are the transposed 8-bit operands of dV, dK and dQ: e4m3 for train8, INT8 codes for sagebwd.
+    """
+    Tp, Sp = _tiles(T) * TILE, _tiles(S) * TILE
+    gradient = "e4m3" if backward == 0 else "s8"
+    return (
+        ("terms", "f32", (B, N, Tp, 4)),  # per query: score factor, m, dP factor, delta
+        ("row_factor", "f32", (B, N, Tp)),  # train8: c·r/(256·l); sagebwd: c
+        ("d_out", "s8" if dp == 1 else "bf16", (B, N, Tp, Hp)),  # dO for the product with V
+        ("scales", "f32", (B, N, Tp // TILE, 2)),  # sagebwd: of the INT8 groups of dO and Q
+        ("x", gradient, (B, N, Hp, Tp)),
+        ("y", gradient, (B, N, Hp, Tp)),
+        ("z", gradient, (B, K, Hp, Sp)),
+        # bits of maxima, cleared at the start: channels of x, y, z; then the largest |V_j|² of each head
+        ("maxima", "u32", (3 * B * K * Hp + B * K,)),
+    )
+
+
+def quantize_kv_bytes(B: int, S: int, K: int, Hp: int) -> int:
+    """Length of the `workspace` result of `sage_jax_quantize_kv` on CUDA."""
+    return _total(quantize_kv_rows(B, S, K, Hp))
+
+
+def attend_bytes(B: int, T: int, S: int, *, mask_shape, segments: bool) -> int:
+    """Length of the `workspace` result of `sage_jax_attend` on CUDA; arguments as in `mask_rows`."""
+    return _total(mask_rows(B, T, S, mask_shape, segments))
+
+
+def attend_backward_bytes(
+    B: int,
+    T: int,
+    S: int,
+    N: int,
+    K: int,
+    Hp: int,
+    *,
+    backward: int,
+    dp: int,
+    mask_shape,
+    segments: bool,
+) -> int:
+    """Length of the `workspace` result of `sage_jax_attend_backward` on CUDA."""
+    rows = attend_backward_rows(B, T, S, N, K, Hp, backward=backward, dp=dp)
+    return _total(rows) + attend_bytes(B, T, S, mask_shape=mask_shape, segments=segments)

@@ -1,0 +1,64 @@
+"""Flax arrays carry any number of batch axes, sage_jax functions carry one: the way there and back.
+
+Letters: ... batch axes, B their product, T query length, S key length, N query heads, K key/value
+heads, H head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+import sage_jax
+
+
+def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Array:
+    """`sage_jax.dot_product_attention` under any number of batch axes.
+
+    Args:
+      query: [..., T, N, H]; key, value: [..., S, K, H].
+      bias, mask: broadcastable to [..., N, T, S], or None.
+      **kwargs: handed on as they are; per-batch arrays among them as [B] or [B, length].
+
+    Returns:
+      [..., T, N, H] in the query's type.
+    """
+    for name, x in (("key", key), ("value", value)):
+        if x.ndim != query.ndim or x.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"{name} should have the batch axes of query, {list(query.shape[:-3])}, but query "
+                f"has shape {list(query.shape)} and {name} {list(x.shape)}."
+            )
+    batch = query.shape[:-3]
+    out = sage_jax.dot_product_attention(
+        *(fold_batch(x, batch) for x in (query, key, value)),
+        bias=fold_logits_shape(bias, batch, "bias"),
+        mask=fold_logits_shape(mask, batch, "mask"),
+        **kwargs,
+    )
+    return out.reshape(query.shape)
+
+
+def fold_batch(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
+    """[*batch, ...] -> [B, ...]."""
+    if len(batch) == 1:
+        return x
+    return x.reshape(math.prod(batch), *x.shape[len(batch) :])
+
+
+def fold_logits_shape(x: jax.Array | None, batch: tuple[int, ...], name: str) -> jax.Array | None:
+    """x, broadcastable to [*batch, N, T, S], as [B|1, N|1, T|1, S|1]; None stays None."""
+    if x is None:
+        return None
+    if x.ndim > len(batch) + 3:
+        raise ValueError(
+            f"{name} should be broadcastable to [batch..., heads, queries, keys] with batch axes "
+            f"{list(batch)}, but got shape {list(x.shape)}."
+        )
+    x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
+    lead, rest = x.shape[: len(batch)], x.shape[len(batch) :]
+    if math.prod(lead) == 1:
+        return x.reshape(1, *rest)
+    return fold_batch(jnp.broadcast_to(x, batch + rest), batch)

@@ -1,0 +1,137 @@
+"""Number formats and scale rules, in plain jnp, bit for bit: the specification of every quantiser.
+
+All functions work in float32 and use only operations that round once and cannot be fused or reassociated, so that CPU
+and CUDA kernels reproduce codes and scales exactly (`docs/abi.md`, "Rounding").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+TILE = 64  # keys that share an INT8 scale
+TINY = np.float32(2.0**-110)  # groups whose largest magnitude is below this are zero
+PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+E4M3_MAX = 448.0
+BAD_CODE = -128  # first code of a key with a NaN or Inf
+BAD_ZERO_SCALE = np.float32(-(2.0**-126))  # scale of a tile that is zero and holds a bad key
+
+
+class QuantizedKV(NamedTuple):
+    """Keys and values, quantized; shapes in `docs/abi.md`, section 1."""
+
+    k8: jax.Array
+    k_scale: jax.Array
+    k_mean: jax.Array
+    v_pv: jax.Array
+    v_scale: jax.Array
+    v_dp: jax.Array
+    v_dp_scale: jax.Array
+
+
+class QuantizedQ(NamedTuple):
+    """Queries, quantized; shapes in `docs/abi.md`, section 2."""
+
+    q8: jax.Array
+    q_scale: jax.Array
+    lse_shift: jax.Array
+
+
+def scale_and_inverse(amax: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
+    """(scale, inverse) such that |x · inverse| ≤ limit for |x| ≤ amax; both 0 for an all-zero group."""
+    limit = np.float32(limit)
+    zero = amax < TINY
+    scale = jnp.where(zero, 0.0, amax * np.float32(1.0 / limit))
+    inverse = jnp.where(zero, 0.0, limit / jnp.where(zero, 1.0, amax))
+    return scale.astype(jnp.float32), inverse.astype(jnp.float32)
+
+
+def int8_codes(x: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x · inverse rounded to nearest even and clamped to ±127, as int8."""
+    return jnp.clip(jnp.round(x * inverse), -127, 127).astype(jnp.int8)
+
+
+def round_e4m3(x: jax.Array) -> jax.Array:
+    """float32 rounded to the nearest e4m3 value (ties to even, saturating at ±448), still as float32. NaN stays NaN."""
+    x = x.astype(jnp.float32)
+    magnitude = jnp.minimum(jnp.abs(x), np.float32(E4M3_MAX))
+    exponent = (lax.bitcast_convert_type(magnitude, jnp.int32) >> 23) - 127
+    exponent = jnp.maximum(exponent, -6)  # below 2^-6 the grid is that of the subnormals, 2^-9
+    power = lambda e: lax.bitcast_convert_type((e + 127) << 23, jnp.float32)  # noqa: E731
+    rounded = jnp.round(magnitude * power(3 - exponent)) * power(exponent - 3)
+    return jnp.where(jnp.isnan(x), jnp.nan, jnp.copysign(rounded, x))
+
+
+def e4m3_codes(x: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x · inverse rounded to e4m3, as float8_e4m3fn."""
+    return round_e4m3(x * inverse).astype(jnp.float8_e4m3fn)
+
+
+def power_of_two_below(amax: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(2^e, 2^-e) with e = floor(log2 amax); both 0 for an all-zero group."""
+    zero = amax < TINY
+    bits = lax.bitcast_convert_type(jnp.where(zero, 1.0, amax).astype(jnp.float32), jnp.int32)
+    exponent = (bits >> 23) - 127
+    power = lambda e: lax.bitcast_convert_type((e + 127) << 23, jnp.float32)  # noqa: E731
+    return jnp.where(zero, 0.0, power(exponent)), jnp.where(zero, 0.0, power(-exponent))
+
+
+def pad_axis(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros appended until the axis is a multiple of `multiple`."""
+    pad = -x.shape[axis] % multiple
+    if not pad:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, pad)
+    return jnp.pad(x, widths)
+
+
+def group_amax(x: jax.Array, axis: int, group: int) -> jax.Array:
+    """Largest magnitude over `group` consecutive entries of `axis` and over the last axis: [..., groups]."""
+    x = pad_axis(jnp.abs(x), axis, group)
+    shape = x.shape[:axis] + (x.shape[axis] // group, group) + x.shape[axis + 1 :]
+    return jnp.max(x.reshape(shape), axis=(axis + 1, -1))
+
+
+def halving_sum(x: jax.Array) -> jax.Array:
+    """Sum over axis -2 (a power of two long) by adding its halves again and again: an order that kernels can reproduce."""
+    while x.shape[-2] > 1:
+        half = x.shape[-2] // 2
+        x = x[..., :half, :] + x[..., half:, :]
+    return x[..., 0, :]
+
+
+def token_mean(x: jax.Array, count: jax.Array) -> jax.Array:
+    """Mean over axis -2 of float32 [B, K, S, H] divided by count [B, K], rounded to bf16 values (as float32) [B, K, H]."""
+    x = pad_axis(x, -2 + x.ndim, TILE)
+    tiles = x.shape[-2] // TILE
+    if tiles == 0:
+        return jnp.zeros_like(x, shape=(*x.shape[:-2], x.shape[-1]))
+    sums = halving_sum(x.reshape(*x.shape[:-2], tiles, TILE, x.shape[-1]))
+    sums = pad_axis(sums, sums.ndim - 2, 1 << max(tiles - 1, 0).bit_length())
+    reciprocal = np.float32(1.0) / count.astype(jnp.float32)
+    mean = halving_sum(sums) * reciprocal[..., None]
+    return lax.reduce_precision(mean, 8, 7)
+
+
+def transpose_tokens(x: jax.Array) -> jax.Array:
+    """[..., S, H] -> [..., H, Sp] with tokens innermost, padded to a multiple of 64 and permuted by `PI` in groups of 16."""
+    x = jnp.swapaxes(pad_axis(x, x.ndim - 2, TILE), -1, -2)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 16)
+    return groups[..., PI].reshape(x.shape)
+
+
+def untranspose_tokens(x: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `transpose_tokens`: [..., H, Sp] -> [..., S, H]."""
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 16)
+    x = groups[..., np.argsort(PI)].reshape(x.shape)
+    return jnp.swapaxes(x, -1, -2)[..., :tokens, :]
+
+
+def expand_tiles(scale: jax.Array, tokens: int) -> jax.Array:
+    """[..., tiles] -> [..., tokens]: each tile's scale repeated for its 64 tokens."""
+    return jnp.repeat(scale, TILE, axis=-1)[..., :tokens]

@@ -1,0 +1,151 @@
+"""Recipes: one small frozen value decides all numerics of an attention call.
+
+A recipe names, for the forward and the backward pass, the number format and the scale granularity of every matrix
+product. The specification, the CPU handler and the CUDA kernels read the same recipe and mean the same numbers;
+`docs/abi.md` states them exactly, `docs/numerics.md` what they cost in accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+PV_CODES = {"e4m3": 0, "f16": 1, "bf16": 2, "int8": 3}
+DP_CODES = {None: 0, "int8": 1, "bf16": 2}
+BACKWARD_CODES = {"train8": 0, "sagebwd": 1}
+MAX_HEAD_DIM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The numerics of one attention call. Frozen and hashable: usable as a static argument of `jit`.
+
+    Attributes:
+      name: for printing and for error messages.
+      q_block: query tokens that share one INT8 scale: 1 (per token), 64 or 128. Keys always share one per 64 tokens.
+      pv: format of the product P·V: "e4m3" (FP8, V scaled per channel), "f16", "bf16" or "int8" (P per token and tile of
+        64 keys, V per 64 tokens: SageBwd, arXiv 2505.11594, section 4).
+      pv_accumulator: "f32", or "f16": e4m3 products collected in half precision over 64 keys, with V's range narrowed so
+        that nothing overflows (SageAttention2++, arXiv 2505.21136).
+      smooth_k: subtract the mean of K over tokens before quantization (SageAttention, arXiv 2410.02367, section 4.2).
+      backward: gradient algorithm: None (inference only: differentiating raises), "train8" (all products in 8 bits with
+        scales known before the loop) or "sagebwd" (arXiv 2505.11594, section 4: INT8 per 64×64 tile).
+      dp: format of dO·Vᵀ in the backward pass: "int8" or "bf16" (the papers' 16-bit product).
+      delta: row correction D of the softmax gradient: "output" (dO·O) or "exact" (recomputed from the backward pass's own
+        probabilities; one more light kernel, fewer errors on sharp heads).
+    """
+
+    name: str
+    q_block: int = 1
+    pv: str = "e4m3"
+    pv_accumulator: str = "f32"
+    smooth_k: bool = True
+    backward: str | None = None
+    dp: str = "int8"
+    delta: str = "output"
+
+    def __post_init__(self):
+        def check(field, allowed):
+            value = getattr(self, field)
+            if value not in allowed:
+                names = ", ".join(repr(a) for a in allowed)
+                raise ValueError(
+                    f"Recipe {self.name!r}: {field}={value!r} is not supported; choose one of {names}."
+                )
+
+        check("q_block", (1, 64, 128))
+        check("pv", tuple(PV_CODES))
+        check("pv_accumulator", ("f32", "f16"))
+        check("backward", (None, *BACKWARD_CODES))
+        check("dp", ("int8", "bf16"))
+        check("delta", ("output", "exact"))
+        if self.pv_accumulator == "f16" and self.pv != "e4m3":
+            raise ValueError(
+                f"Recipe {self.name!r}: pv_accumulator='f16' goes with pv='e4m3' only, but pv={self.pv!r}; "
+                "use pv_accumulator='f32'."
+            )
+        if self.backward == "sagebwd" and (self.q_block == 1 or self.dp != "bf16"):
+            raise ValueError(
+                f"Recipe {self.name!r}: backward='sagebwd' needs q_block 64 or 128 (one INT8 scale a tile) and "
+                f"dp='bf16', but q_block={self.q_block} and dp={self.dp!r}; change them or use backward='train8'."
+            )
+
+    def replace(self, **changes) -> Recipe:
+        """A copy with some fields changed; the name gains the changes unless a new one is given."""
+        unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            fields = ", ".join(f.name for f in dataclasses.fields(self))
+            raise ValueError(
+                f"Recipe has no field {sorted(unknown)[0]!r}; the fields are {fields}."
+            )
+        if "name" not in changes and changes:
+            suffix = ",".join(f"{k}={v}" for k, v in changes.items())
+            changes["name"] = f"{self.name}[{suffix}]"
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def f16_accumulate(self) -> bool:
+        return self.pv_accumulator == "f16"
+
+    @property
+    def v_range(self) -> float:
+        """Largest |code| of an e4m3 V. With f16 accumulators 64 keys · 256 (P) · 3.9375 = 64512 stays below 65504."""
+        return 3.9375 if self.f16_accumulate else 448.0
+
+    @property
+    def dp_format(self) -> str | None:
+        """Format in which V is kept for the backward pass, None where there is none."""
+        return self.dp if self.backward else None
+
+    @property
+    def pv_code(self) -> int:
+        return PV_CODES[self.pv]
+
+    @property
+    def dp_code(self) -> int:
+        return DP_CODES[self.dp_format]
+
+    @property
+    def backward_code(self) -> int:
+        return BACKWARD_CODES[self.backward]
+
+
+PRESETS: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        Recipe("sage1", q_block=128, pv="f16"),
+        Recipe("sage2"),
+        Recipe("sage2pp", pv_accumulator="f16"),
+        Recipe("sagebwd", q_block=64, pv="int8", backward="sagebwd", dp="bf16"),
+        Recipe("train8", backward="train8"),
+    )
+}
+DEFAULT_INFERENCE = PRESETS["sage2"]
+DEFAULT_TRAINING = PRESETS["train8"]
+
+
+def resolve(recipe: str | Recipe | None) -> Recipe | None:
+    """The recipe of that name; recipes and None pass through.
+
+    Raises:
+      ValueError: unknown name. TypeError: neither a name nor a Recipe.
+    """
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise TypeError(
+            f"recipe should be a name, a sage_jax.Recipe or None, but got {type(recipe).__name__}."
+        )
+    if recipe not in PRESETS:
+        raise ValueError(
+            f"recipe={recipe!r} is unknown; choose one of {', '.join(PRESETS)} or build a sage_jax.Recipe."
+        )
+    return PRESETS[recipe]
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dimension that quantized tensors are stored with: 64, 128 or 256."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head dimension {head_dim} is not supported; it must lie between 1 and {MAX_HEAD_DIM}: split the heads."
+        )
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256

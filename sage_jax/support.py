@@ -1,0 +1,344 @@
+"""What a call may ask for: one check, used by the function itself, by `supports` and by
+`explain`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sage_jax import _ffi, _vjp
+from sage_jax import recipe as recipes
+from sage_jax.masking import OPEN
+from sage_jax.recipe import MAX_HEAD_DIM, Recipe
+
+DTYPES = ("bfloat16", "float16", "float32")
+ALIGNMENTS = ("top_left", "bottom_right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked call.
+
+    Attributes:
+      settings: the static part, for the operations.
+      recipe: what computes the forward pass; its gradient, if it has one, is that of
+        settings.recipe.
+      fold_scale: the softmax scale is multiplied into float32 queries, because it is negative, zero
+        or a traced value.
+    """
+
+    settings: _ffi.Settings
+    recipe: Recipe
+    fold_scale: bool
+
+
+def plan(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+    recipe=None,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    causal_alignment="top_left",
+    deterministic=False,
+    platform=None,
+) -> Plan:
+    """Checks a call of `dot_product_attention` by shapes and dtypes only.
+
+    Raises:
+      ValueError, TypeError: one sentence: what was given, what is supported, what to do.
+      ImportError: the native module that the call needs was not built.
+    """
+    del return_residual
+    B, T, N, S, _, H = _check_shapes(query, key, value)
+    dtype = _check_dtypes(query, key, value)
+    _check_logit_array("bias", bias, (B, N, T, S))
+    _check_logit_array("mask", mask, (B, N, T, S))
+    if mask is not None and mask.dtype != np.bool_:
+        raise ValueError(
+            f"mask has dtype {mask.dtype}, but only bool is supported (True = attend); cast it "
+            f"with .astype(bool), or pass an "
+            "additive mask as bias."
+        )
+    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.number):
+        raise ValueError(
+            f"bias has dtype {bias.dtype}, but it must be numeric; pass a boolean mask as mask=."
+        )
+    three = len(query.shape) == 3
+    _check_integers("query_seq_lengths", query_seq_lengths, [(B,)])
+    _check_integers("key_value_seq_lengths", key_value_seq_lengths, [(B,)])
+    _check_integers("query_segment_ids", query_segment_ids, [(B, T)] + [(T,)] * three)
+    _check_integers("key_value_segment_ids", key_value_segment_ids, [(B, S)] + [(S,)] * three)
+    if (query_segment_ids is None) != (key_value_segment_ids is None):
+        given = "query_segment_ids" if key_value_segment_ids is None else "key_value_segment_ids"
+        raise ValueError(
+            f"only {given} was given; packed sequences need both query_segment_ids and "
+            f"key_value_segment_ids (the same array "
+            "twice for self-attention)."
+        )
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(
+            f"causal_alignment={causal_alignment!r} is not supported; choose 'top_left' (as "
+            f"jax.nn does) or 'bottom_right'."
+        )
+    for name, flag in (("is_causal", is_causal), ("deterministic", deterministic)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} should be True or False, but got {flag!r}.")
+    left, right = _window(local_window_size, is_causal)
+    scale, fold_scale = _scale(scale, H)
+    chosen = recipes.resolve(recipe)
+    _check_implementation(implementation, bias is not None, platform or jax.default_backend())
+    settings = _ffi.Settings(
+        recipe=chosen or recipes.DEFAULT_TRAINING,
+        scale=scale,
+        window_left=left,
+        window_right=right,
+        head_dim=H,
+        dtype=np.dtype(jnp.float32) if fold_scale else dtype,
+        implementation=implementation,
+    )
+    return Plan(settings, chosen or recipes.DEFAULT_INFERENCE, fold_scale)
+
+
+def _check_shapes(query, key, value):
+    """(B, T, N, S, K, H)"""
+    for name, x, letters in (
+        ("query", query, "T, N"),
+        ("key", key, "S, K"),
+        ("value", value, "S, K"),
+    ):
+        if len(x.shape) not in (3, 4):
+            raise ValueError(
+                f"{name} has shape {x.shape}; supported are [B, {letters}, H] and [{letters}, H]: "
+                f"add or merge axes."
+            )
+    q, k, v = (((1,) * (4 - len(x.shape))) + tuple(x.shape) for x in (query, key, value))
+    if k != v:
+        raise ValueError(
+            f"key and value must have the same shape, but got {key.shape} and {value.shape}; pad "
+            f"the narrower head dimension."
+        )
+    (B, T, N, H), (_, S, K, _) = q, k
+    if (k[0], k[3]) != (B, H):
+        raise ValueError(
+            f"query and key must agree in batch and head dimension, but got query {query.shape} "
+            f"and key {key.shape}."
+        )
+    if K == 0 or N == 0 or N % K:
+        raise ValueError(
+            f"the number of query heads must be a multiple of the number of key/value heads, but "
+            f"got {N} and {K}."
+        )
+    if not 1 <= H <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"head dimension {H} is not supported; it must lie between 1 and {MAX_HEAD_DIM}: use "
+            f"more, smaller heads, or "
+            "jax.nn.dot_product_attention."
+        )
+    return B, T, N, S, K, H
+
+
+def _check_dtypes(query, key, value):
+    names = {name: str(x.dtype) for name, x in (("query", query), ("key", key), ("value", value))}
+    given = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
+    if len(set(names.values())) > 1:
+        raise ValueError(
+            f"query, key and value must have one dtype, but got {given}; cast them to one."
+        )
+    if names["query"] not in DTYPES:
+        raise ValueError(
+            f"dtype is not supported: got {given}; supported are {', '.join(DTYPES)}: cast with "
+            f".astype(jnp.bfloat16)."
+        )
+    return np.dtype(query.dtype)
+
+
+def _check_logit_array(name, x, full):
+    if x is None:
+        return
+    shape = (1,) * (4 - len(x.shape)) + tuple(x.shape)
+    if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise ValueError(
+            f"{name} has shape {x.shape}, which does not broadcast to [B, N, T, S] = {full}; "
+            f"every axis must be 1 or full."
+        )
+
+
+def _check_integers(name, x, shapes):
+    if x is None:
+        return
+    if tuple(x.shape) not in shapes or not jnp.issubdtype(x.dtype, jnp.integer):
+        wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+        raise ValueError(
+            f"{name} should be an integer array of shape {wanted}, but got {x.dtype} "
+            f"{tuple(x.shape)}."
+        )
+
+
+def _window(size, is_causal):
+    """(left, right) window edges; OPEN where nothing is excluded."""
+    pair = (None, None) if size is None else size
+    try:
+        pair = (operator.index(pair),) * 2 if not isinstance(pair, (tuple, list)) else tuple(pair)
+        left, right = (OPEN if edge is None else operator.index(edge) for edge in pair)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"local_window_size={size!r} is not supported; give one int, or (left, right) where "
+            f"None leaves a side open."
+        ) from None
+    if is_causal:
+        right = min(right, 0)
+    return min(max(left, -OPEN), OPEN), min(max(right, -OPEN), OPEN)
+
+
+def _scale(scale, head_dim):
+    """(static softmax scale, whether the given one must be multiplied into the queries instead)"""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim), False
+    if isinstance(scale, bool) or not (isinstance(scale, numbers.Real) or hasattr(scale, "shape")):
+        raise TypeError(f"scale should be a number or a scalar array, but got {scale!r}.")
+    if hasattr(scale, "shape") and tuple(scale.shape) != ():
+        raise ValueError(f"scale should be a scalar, but got an array of shape {scale.shape}.")
+    if isinstance(scale, jax.Array) or not isinstance(scale, (numbers.Real, np.ndarray)):
+        return 1.0, True
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} is not finite; leave it out for 1/sqrt(head dimension).")
+    if not np.float32(scale) > 0:
+        return 1.0, True
+    return float(scale), False
+
+
+def _check_implementation(implementation, has_bias, platform):
+    if implementation in ("xla", "cudnn"):
+        raise ValueError(
+            f"implementation={implementation!r} names an exact kernel of JAX, not an 8-bit one; "
+            f"call "
+            f"jax.nn.dot_product_attention(..., implementation={implementation!r}) for it."
+        )
+    if implementation not in (None, *_ffi.IMPLEMENTATIONS):
+        names = ", ".join(repr(name) for name in _ffi.IMPLEMENTATIONS)
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; choose one of {names}, or None for "
+            f"the platform's own."
+        )
+    on_gpu = platform in ("gpu", "cuda")
+    if has_bias and (implementation == "cuda" or (implementation is None and on_gpu)):
+        raise ValueError(_ffi.NO_BIAS_ON_CUDA)
+    if on_gpu and implementation in (None, "cuda") and _ffi.load("cuda") is None:
+        raise ImportError(
+            "JAX runs on a GPU, but this installation of sage_jax has no CUDA kernels; reinstall "
+            "it with nvcc in reach (set "
+            "SAGE_JAX_CUDA=ON to see what is missing), or choose implementation='cpu' or "
+            "'reference', or start JAX with "
+            "JAX_PLATFORMS=cpu."
+        )
+    if implementation == "cpu" and _ffi.load("cpu") is None:
+        raise ImportError(
+            "implementation='cpu' needs sage_jax's native CPU module, which this installation "
+            "lacks; install the package with "
+            "pip (a C++17 compiler is enough), or use implementation='reference'."
+        )
+
+
+def supports(
+    *args, differentiate: bool = False, platform: str | None = None, **kwargs
+) -> str | None:
+    """Whether `dot_product_attention(*args, **kwargs)` would run.
+
+    Args:
+      *args, **kwargs: those of the function; arrays may be `jax.ShapeDtypeStruct`.
+      differentiate: whether gradients will be taken.
+      platform: "cpu", "cuda", ...; by default that of JAX's default backend.
+
+    Returns:
+      None if it would, otherwise the sentence that the function would raise.
+    """
+    try:
+        planned = plan(*args, platform=platform, **kwargs)
+        if differentiate:
+            _vjp.check_differentiable(planned.settings.recipe)
+    except (ValueError, TypeError, ImportError) as error:
+        return str(error)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call would use; print it.
+
+    Attributes:
+      platform: the platform explained. backend: "cpu", "cuda" or "reference". reason: why this
+        backend.
+      recipe: of the forward pass. training_recipe: under differentiation, or None if that raises.
+      kernels: the operations, in order, of the forward pass and then of the backward pass.
+      head_dim: (given, stored): quantized tensors pad the head dimension.
+    """
+
+    platform: str
+    backend: str
+    reason: str
+    recipe: Recipe
+    training_recipe: Recipe | None
+    kernels: tuple[str, ...]
+    head_dim: tuple[int, int]
+
+    def __str__(self):
+        lines = (
+            ("backend", f"{self.backend} ({self.reason})"),
+            ("recipe", str(self.recipe)),
+            ("gradients", str(self.training_recipe or "none: this recipe is for inference only")),
+            ("kernels", " -> ".join(self.kernels)),
+            ("head dim", f"{self.head_dim[0]}, stored as {self.head_dim[1]}"),
+        )
+        return "\n".join(f"{name:>9}: {text}" for name, text in lines)
+
+
+def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
+    """Which backend, kernels and recipe `dot_product_attention(*args, **kwargs)` would use.
+
+    Takes what `supports` takes and raises what the function would raise.
+    """
+    platform = platform or jax.default_backend()
+    planned = plan(*args, platform=platform, **kwargs)
+    settings = planned.settings
+    platform = "cuda" if platform == "gpu" else platform
+    if settings.implementation is not None:
+        backend, reason = settings.implementation, "asked for"
+    elif platform not in _ffi.PLATFORMS:
+        backend, reason = "reference", f"no native kernels for platform {platform!r}"
+    elif _ffi.load(platform) is None:
+        backend, reason = "reference", f"the native {platform} module was not built"
+    else:
+        backend, reason = platform, f"the platform is {platform}"
+    names = ("quantize_kv", "quantize_q", "attend")
+    trains = settings.recipe.backward is not None
+    if backend == "reference":
+        kernels = names + ("attend_backward",) * trains
+    else:
+        kernels = tuple(f"sage_jax_{n}" for n in names + ("attend_backward",) * trains)
+    return Explanation(
+        platform,
+        backend,
+        reason,
+        planned.recipe,
+        settings.recipe if trains else None,
+        kernels,
+        (settings.head_dim, recipes.padded_head_dim(settings.head_dim)),
+    )

@@ -1,0 +1,30 @@
+// Host version of cuda/ptx/math.cuh.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace sage::ptx {
+
+inline float ex2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;  // .ftz; NaN passes
+}
+
+inline float lg2(float x) { return std::log2(x); }
+
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i);
+    uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7))) & 0xff;
+    if (nibble & 8) byte = byte & 0x80 ? 0xff : 0;  // replicate the sign
+    r |= byte << (8 * i);
+  }
+  return r;
+}
+
+inline int opaque(int x) { return x; }
+
+}  // namespace sage::ptx

@@ -1,0 +1,122 @@
+"""The example that `make demo` runs, tiny: what it prints, what it writes, how it refuses."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+TINY = (
+    "--preset cpu --layers 2 --heads 1 --head-dim 16 --context 48 --batch 2 --steps 6 --sample 12"
+).split()
+
+
+@pytest.fixture
+def train_gpt(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import train_gpt
+
+    return train_gpt
+
+
+def error_line(train_gpt, capsys, *arguments: str) -> str:
+    """What it says on wrong options: exactly one line, and nothing on standard output."""
+    with pytest.raises(SystemExit) as exit_info:
+        train_gpt.main(list(arguments))
+    said = capsys.readouterr()
+    assert exit_info.value.code == 2 and said.out == ""
+    assert said.err.count("\n") == 1 and said.err.endswith("(--help explains every option)\n")
+    return said.err
+
+
+def test_a_tiny_run_writes_table_picture_and_numbers(train_gpt, capsys, tmp_path):
+    assert train_gpt.main([*TINY, "--output", str(tmp_path / "out"), "--prompt", "import "]) == 0
+    said = capsys.readouterr().out
+    header = next(line for line in said.splitlines() if line.startswith("attention"))
+    for column in ("train loss", "held-out loss", "difference", "tokens/s", "gradient error"):
+        assert column in header
+    assert "    import " in said  # the sample
+
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    exact, ours = written["runs"]["exact"], written["runs"]["train8"]
+    for name, run in written["runs"].items():
+        row = next(line for line in said.splitlines() if line.startswith(f"{name} "))
+        assert f"{run['final_held_out_loss']:.4f}" in row
+        assert len(run["train_loss"]) == 6 and np.all(np.isfinite(run["train_loss"]))
+        assert run["tokens_per_second"] > 0 and run["step_memory_bytes"] > 0
+        assert run["held_out_loss"][-1][0] == 6
+    # Same parameters and first batch: losses of step 1 agree but for what 8 bits take away.
+    assert exact["train_loss"][0] == pytest.approx(ours["train_loss"][0], rel=2e-2)
+    assert exact["train_loss"] != ours["train_loss"]
+    errors = ours["gradient_error_of_step_1"]
+    assert "blocks.1.attention.query.kernel" in errors
+    assert 0 < max(errors.values()) < 0.25
+    assert f"{max(errors.values()):.4f}" in said
+
+    picture = (tmp_path / "out" / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_equal_seeds_give_equal_batches(train_gpt):
+    from gpt import text
+
+    words = np.arange(200, dtype=np.uint8)
+    first, again, other = (
+        next(text.batches(words, batch=2, context=16, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert np.all(np.diff(first) == 1)  # windows of consecutive bytes, targets one later
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--steps", "0"], "'0' is not a whole number from 1 up"),
+        (["--learning-rate", "fast"], "'fast' is not a positive number"),
+        (["--preset", "tpu"], "invalid choice: 'tpu'"),
+        (["--head-dim", "31"], "--head-dim 31 is odd"),
+        (["--head-dim", "258"], "head dimension 258"),
+        (["--recipes", "sage9"], "recipe='sage9' is unknown"),
+        (["--recipes", "sage2"], "sage2"),
+        (["--text", "/nowhere"], "/nowhere is not a folder"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--exact", "cudnn"], "--exact cudnn needs a GPU and --dtype bfloat16 or float16"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_wrong_options_give_one_line(train_gpt, capsys, tmp_path, arguments, told):
+    common = ["--preset", "cpu", "--output", str(tmp_path)]
+    assert told in error_line(train_gpt, capsys, *common, *arguments)
+
+
+def test_a_folder_with_too_little_text_is_refused(train_gpt, capsys, tmp_path):
+    (tmp_path / "short.py").write_text("x = 1\n")
+    line = error_line(
+        train_gpt, capsys, "--preset", "cpu", "--text", str(tmp_path), "--output", str(tmp_path)
+    )
+    assert "needs 4096 of each" in line
+
+
+def test_no_file_is_on_both_sides_of_the_split(train_gpt, tmp_path):
+    from gpt import text
+
+    for number in range(60):
+        (tmp_path / f"module_{number}.py").write_text(f"x = {number:04d}\n" * 20)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "skipped.py").write_text("y = 1\n" * 100)
+    corpus = text.load(tmp_path, 4)
+    assert corpus.files == 60
+    sides = [
+        {line for line in side.tobytes().splitlines() if line}
+        for side in (corpus.train, corpus.held_out)
+    ]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 60
+
+
+def test_help_explains_every_option(train_gpt, capsys):
+    with pytest.raises(SystemExit):
+        train_gpt.main(["--help"])
+    said = capsys.readouterr().out
+    for action in train_gpt._parser()._actions:
+        assert action.option_strings[-1] in said and action.help

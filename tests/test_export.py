@@ -1,0 +1,121 @@
+"""A machine without a GPU lowers and exports the CUDA program; a CPU program survives
+serialization.
+"""
+
+import functools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from metrics import relative_l2
+
+import sage_jax
+from sage_jax import _ffi, _workspace
+
+attend = functools.partial(sage_jax.dot_product_attention, is_causal=True)
+TARGETS = tuple(f"sage_jax_{name}" for name in _ffi.LAYOUTS)
+FORWARD = set(TARGETS) - {"sage_jax_attend_backward"}
+ALLOWED = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
+B, T, S, N, K, H = 2, 24, 40, 4, 2, 16
+
+
+def inputs(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return [
+        jnp.asarray(rng.standard_normal(s), dtype)
+        for s in ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    ]
+
+
+def loss(q, k, v, **kwargs):
+    return jnp.sum(jnp.sin(attend(q, k, v, **kwargs)))
+
+
+gradients = jax.grad(loss, (0, 1, 2))
+
+
+def cuda_text(f, *args):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def called(text):
+    return set(re.findall(r"custom_call @(sage_jax_\w+)", text))
+
+
+def test_cuda_program_calls_the_kernels():
+    assert called(cuda_text(attend, *inputs())) == FORWARD
+    assert called(cuda_text(gradients, *inputs())) == set(TARGETS)
+    assert called(cuda_text(functools.partial(attend, implementation="cuda"), *inputs())) == FORWARD
+    reference = functools.partial(attend, implementation="reference")
+    assert not called(cuda_text(reference, *inputs()))
+
+
+def test_cuda_calls_have_the_operands_and_attributes_of_the_contract():
+    text = cuda_text(gradients, *inputs(jnp.bfloat16))
+    lines = {name: next(x for x in text.splitlines() if f"@{name}(" in x) for name in TARGETS}
+    quantize, _, forward, backward = (lines[name] for name in TARGETS)
+    assert "dp = 1 : i32" in quantize and "v_range = 4.480000e+02 : f32" in quantize
+    assert "window_right = 0 : i64" in forward and "f16_accumulate = 0 : i32" in forward
+    scale = float(re.search(r"scale = ([\d.e+-]+) : f32", backward).group(1))
+    assert scale == pytest.approx(H**-0.5)
+    assert "tensor<2x4x24x64xi8>" in forward and "tensor<2x24x4x16xbf16>" in forward
+    size = _workspace.attend_backward_bytes(
+        B, T, S, N, K, 64, backward=0, dp=1, mask_shape=(0, 0, 0, 0), segments=False
+    )
+    assert backward.rstrip().endswith(f"tensor<{size}xui8>)")
+
+
+@pytest.mark.parametrize("f", [attend, gradients], ids=["forward", "gradients"])
+def test_export_to_cuda(f):
+    types = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs()]
+    exported = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=ALLOWED)(*types)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cuda",)
+    assert called(str(again.mlir_module())) == (FORWARD if f is attend else set(TARGETS))
+    with pytest.raises(ValueError, match="platform"):
+        again.call(*inputs(jnp.bfloat16))  # this machine is not what it was exported for
+
+
+@pytest.mark.parametrize("platforms", [["cpu"], ["cpu", "cuda"]], ids=["cpu", "cpu_and_cuda"])
+def test_round_trip_runs_here(platforms):
+    x = inputs()
+    exported = jax.export.export(jax.jit(gradients), platforms=platforms, disabled_checks=ALLOWED)(
+        *x
+    )
+    again = jax.export.deserialize(exported.serialize())
+    for got, want in zip(again.call(*x), gradients(*x), strict=True):
+        assert relative_l2(got, want) < 1e-6
+
+
+def test_symbolic_batch():
+    x = inputs()
+    (b,) = jax.export.symbolic_shape("b")
+    types = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in x]
+    exported = jax.export.export(
+        jax.jit(functools.partial(attend, implementation="reference")), disabled_checks=ALLOWED
+    )(*types)
+    assert relative_l2(exported.call(*x), attend(*x, implementation="reference")) < 1e-6
+
+
+def test_bias_is_refused_where_a_cuda_program_is_made():
+    bias = jnp.ones((T, S))
+    with pytest.raises(
+        ValueError, match="bias is not supported by implementation='cuda'.*boolean mask"
+    ):
+        cuda_text(functools.partial(attend, bias=bias), *inputs())
+    with pytest.raises(ValueError, match="bias is not supported by implementation='cuda'"):
+        cuda_text(jax.grad(functools.partial(loss, bias=bias)), *inputs())
+
+
+def test_a_platform_without_kernels_gets_the_specification():
+    text = jax.jit(attend).trace(*inputs()).lower(lowering_platforms=("tpu",)).as_text()
+    assert not called(text) and "stablehlo.dot_general" in text
+
+
+def test_an_implementation_is_never_replaced():
+    f = functools.partial(attend, implementation="cuda")
+    with pytest.raises(ValueError, match="implementation='cuda' was asked for"):
+        jax.jit(f).trace(*inputs()).lower(lowering_platforms=("cpu",))

@@ -1,0 +1,153 @@
+"""The quantisers of the specification: number formats, scale rules, layouts, bad tokens."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from metrics import assert_same_bits, relative_l2
+
+from sage_jax import quantization as qz
+from sage_jax import reference
+from sage_jax.masking import full_bounds
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def quantize(k, v, bounds=None, pv="e4m3", dp="int8", v_range=448.0, smooth_k=True):
+    bounds = full_bounds(k.shape[0], 1, k.shape[1]) if bounds is None else bounds
+    return jax.jit(
+        lambda *a: reference.quantize_kv(*a, pv=pv, dp=dp, v_range=v_range, smooth_k=smooth_k)
+    )(k, v, bounds)
+
+
+def test_e4m3_rounding_matches_ml_dtypes():
+    x = np.concatenate(
+        [np.random.default_rng(0).standard_normal(20000) * 10.0**e for e in range(-4, 3)]
+    ).astype(np.float32)
+    grid = np.arange(0, 0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    x = np.concatenate([x, grid, -grid, (grid[1:] + grid[:-1]) / 2, [448.0, -448.0, 0.0, -0.0]])
+    expected = np.clip(x, -448, 448).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+    rounded = qz.round_e4m3(jnp.asarray(x, jnp.float32))
+    assert_same_bits(rounded.astype(jnp.float8_e4m3fn), expected, "e4m3")
+    assert_same_bits(rounded, expected.astype(np.float32), "e4m3 as float32")
+
+
+def test_e4m3_saturates_and_keeps_nan():
+    x = qz.round_e4m3(jnp.array([1e9, -1e9, jnp.inf, jnp.nan], jnp.float32))
+    assert x[:3].tolist() == [448.0, -448.0, 448.0] and np.isnan(x[3])
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1.0, 1e4])
+def test_relative_accuracy_does_not_depend_on_magnitude(magnitude):
+    k, v = normal(0, 1, 130, 2, 64) * magnitude, normal(1, 1, 130, 2, 64) * magnitude
+    kv = quantize(k, v, smooth_k=False)
+    dequantized = kv.k8.astype(jnp.float32) * qz.expand_tiles(kv.k_scale, 130)[..., None]
+    assert relative_l2(dequantized, jnp.swapaxes(k, 1, 2)) < 0.012  # amax/127/sqrt(12) of normal data
+    v_back = qz.untranspose_tokens(kv.v_pv.astype(jnp.float32), 130) * kv.v_scale[:, :, None]
+    assert relative_l2(v_back, jnp.swapaxes(v, 1, 2)) < 0.03  # e4m3: 2^-4 at most, 2.6% rms
+
+
+def test_codes_use_the_whole_range():
+    kv = quantize(normal(0, 2, 200, 2, 64), normal(1, 2, 200, 2, 64))
+    for codes in (kv.k8, kv.v_dp):
+        tiles = qz.pad_axis(jnp.abs(codes.astype(jnp.int32)), 2, 64).reshape(2, 2, 4, 64, 64)
+        assert (tiles.max(axis=(-1, -2)) == 127).all()
+
+
+def test_zero_blocks_and_constant_channels_give_zeros_not_nan():
+    k = jnp.full((1, 128, 1, 64), 3.0)  # constant: smoothing leaves nothing
+    v = normal(1, 1, 128, 1, 64).at[..., 5].set(0.0).at[:, :64].set(0.0)
+    kv = quantize(k, v)
+    assert (kv.k8 == 0).all() and (kv.k_scale == 0).all()
+    assert (kv.v_scale[..., 5] == 0).all() and (kv.v_dp_scale[..., 0] == 0).all()
+    assert not any(np.isnan(np.asarray(x, np.float32)).any() for x in kv)
+
+
+def test_smoothing_removes_offsets():
+    k, offset = normal(0, 1, 256, 1, 64), 30 * normal(2, 1, 1, 1, 64)
+    plain, shifted = quantize(k, k), quantize(k + offset, k)
+    assert relative_l2(shifted.k_scale, plain.k_scale) < 0.05
+    assert relative_l2(shifted.k_mean, jnp.mean(k + offset, axis=1)) < 2**-8
+
+
+def test_mean_is_a_bf16_value_and_ignores_tokens_past_the_length():
+    k, v = normal(0, 2, 150, 2, 64), normal(1, 2, 150, 2, 64)
+    bounds = jnp.array([[1, 100, 0], [1, 150, 0]], jnp.int32)
+    kv = quantize(k, v, bounds)
+    assert_same_bits(kv.k_mean.astype(jnp.bfloat16).astype(jnp.float32), kv.k_mean)
+    poisoned = quantize(k.at[0, 100:].set(jnp.nan), v.at[0, 100:].set(1e30), bounds)
+    for name, a, b in zip(kv._fields, kv, poisoned):
+        assert_same_bits(b, a, name)
+    assert (kv.k8[0, :, 100:] == 0).all()
+
+
+def test_bad_tokens_are_marked_and_leave_the_others_alone():
+    k, v = normal(0, 1, 130, 2, 64), normal(1, 1, 130, 2, 64)
+    kv = quantize(k.at[0, 7, 0, 3].set(jnp.nan), v.at[0, 70, 1, 9].set(jnp.inf))
+    assert kv.k8[0, 0, 7, 0] == -128 and kv.k8[0, 1, 70, 0] == -128
+    assert (kv.k_scale < 0).tolist() == [[[True, False, False], [False, True, False]]]
+    assert int((kv.k8 == -128).sum()) == 2
+    assert not any(np.isnan(np.asarray(x, np.float32)).any() for x in kv)
+
+
+def test_a_bad_token_in_a_zero_tile_still_marks_it():
+    k = jnp.zeros((1, 64, 1, 64)).at[0, 3, 0, 0].set(jnp.inf)
+    kv = quantize(k, k)
+    assert kv.k_scale[0, 0, 0] < 0 and kv.k8[0, 0, 3, 0] == -128
+
+
+def test_transposition_permutes_groups_of_sixteen_and_inverts():
+    x = jnp.arange(2 * 70 * 3, dtype=jnp.float32).reshape(2, 70, 3)
+    y = qz.transpose_tokens(x)
+    assert y.shape == (2, 3, 128)
+    assert y[0, 1, :16].tolist() == x[0, qz.PI, 1].tolist()
+    assert (y[..., 80:] == 0).all()
+    assert_same_bits(qz.untranspose_tokens(y, 70), x)
+
+
+@pytest.mark.parametrize("q_block", [1, 64, 128])
+def test_query_scales_are_per_block(q_block):
+    q, bounds = normal(0, 1, 150, 2, 40), jnp.array([[140, 1, 0]], jnp.int32)
+    qq = reference.quantize_q(q, jnp.zeros((1, 1, 64)), bounds, q_block=q_block, scale=0.5)
+    scale = np.asarray(qq.q_scale)
+    assert (scale[..., 140:] == 0).all() and (np.asarray(qq.q8)[..., 140:, :] == 0).all()
+    for start in range(0, 140, q_block):
+        block = scale[..., start : min(start + q_block, 140)]
+        assert (block == block[..., :1]).all()
+    expected = np.abs(np.asarray(q[:, :140])).max(axis=-1).swapaxes(1, 2)
+    if q_block == 1:
+        np.testing.assert_allclose(scale[..., :140], expected / 127, rtol=1e-6)
+
+
+def test_lse_shift_is_the_removed_logit():
+    q, mean = normal(0, 1, 20, 4, 64), normal(1, 1, 2, 64)
+    qq = reference.quantize_q(q, mean, full_bounds(1, 20, 1), q_block=1, scale=0.25)
+    expected = 0.25 * jnp.einsum("btkgh,bkh->bkgt", q.reshape(1, 20, 2, 2, 64), mean)
+    np.testing.assert_allclose(qq.lse_shift, expected.reshape(1, 4, 20), atol=2e-5)
+
+
+def test_query_with_nan_is_marked_alone():
+    q = normal(0, 1, 70, 1, 64).at[0, 5, 0, 2].set(jnp.nan)
+    qq = reference.quantize_q(q, jnp.zeros((1, 1, 64)), full_bounds(1, 70, 1), q_block=64, scale=1.0)
+    assert np.isnan(np.asarray(qq.q_scale)[0, 0]).nonzero()[0].tolist() == [5]
+    assert (qq.q8[0, 0, 5] == 0).all()
+
+
+def test_f16_values_are_scaled_by_powers_of_two():
+    v = normal(0, 1, 64, 1, 64) * 1e6  # beyond half precision's 65504
+    kv = quantize(v, v, pv="f16")
+    back = kv.v_pv.astype(jnp.float32) * kv.v_scale[:, :, None]
+    assert relative_l2(back, jnp.swapaxes(v, 1, 2)) < 2**-11
+    assert (jnp.log2(kv.v_scale) % 1 == 0).all()
+
+
+def test_jit_and_eager_agree_in_every_bit():
+    k, v = normal(0, 1, 100, 2, 40, dtype=jnp.bfloat16), normal(1, 1, 100, 2, 40, dtype=jnp.bfloat16)
+    eager = reference.quantize_kv(
+        k, v, full_bounds(1, 1, 100), pv="e4m3", dp="int8", v_range=448.0, smooth_k=True
+    )
+    for name, a, b in zip(eager._fields, quantize(k, v), eager):
+        assert_same_bits(a, b, name)

@@ -1,0 +1,56 @@
+"""Recipes: presets, immutability, clear errors."""
+
+import dataclasses
+
+import pytest
+
+from sage_jax.recipe import PRESETS, Recipe, padded_head_dim, resolve
+
+
+def test_presets_are_hashable_printable_and_found_by_name():
+    assert set(PRESETS) >= {"sage1", "sage2", "sage2pp", "sagebwd", "train8"}
+    for name, recipe in PRESETS.items():
+        assert resolve(name) is recipe and hash(recipe) == hash(recipe.replace(name=name))
+        assert name in repr(recipe)
+    assert resolve(None) is None and resolve(PRESETS["sage2"]) is PRESETS["sage2"]
+
+
+def test_recipes_are_frozen_and_replace_names_the_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PRESETS["sage2"].pv = "bf16"
+    changed = PRESETS["sage2"].replace(backward="train8")
+    assert changed.backward == "train8" and changed.name == "sage2[backward=train8]"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(pv="fp8"), "pv='fp8' is not supported; choose one of"),
+        (dict(q_block=32), "q_block=32"),
+        (dict(backward="sagebwd"), "backward='sagebwd' needs q_block"),
+        (dict(pv="bf16", pv_accumulator="f16"), "goes with pv='e4m3' only"),
+        (dict(colour="red"), "no field 'colour'"),
+    ],
+)
+def test_impossible_recipes_say_what_is_possible(changes, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        PRESETS["sage2"].replace(**changes)
+
+
+def test_unknown_names_and_types():
+    with pytest.raises(ValueError, match="'sage9' is unknown; choose one of sage1"):
+        resolve("sage9")
+    with pytest.raises(TypeError, match="but got int"):
+        resolve(3)
+
+
+def test_half_precision_accumulators_cannot_overflow():
+    recipe = PRESETS["sage2pp"]
+    assert recipe.f16_accumulate and 64 * 256 * recipe.v_range <= 65504
+    assert Recipe("x").v_range == 448.0
+
+
+def test_padded_head_dims():
+    assert [padded_head_dim(h) for h in (1, 64, 65, 128, 129, 256)] == [64, 64, 128, 128, 256, 256]
+    with pytest.raises(ValueError, match="between 1 and 256"):
+        padded_head_dim(257)

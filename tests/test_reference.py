@@ -1,0 +1,190 @@
+"""The specification against exact attention: values, LSE, gradients, and the accuracy that docs/numerics.md states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BIAS_CASES, CASES, Case, make_inputs
+from metrics import relative_l2
+from oracle import exact_gradients, gradients, quantized_attention, window
+
+from sage_jax import reference
+from sage_jax.accuracy_data import synthetic
+from sage_jax.masking import no_masks
+from sage_jax.recipe import PRESETS
+
+# Relative L2 error of O on small random problems: INT8 scores alone cost about .015 and e4m3 P and V
+# about .04 (docs/numerics.md); the rest is the scatter of problems of a few hundred rows.
+FORWARD_BOUND = {"sage1": 0.03, "sage2": 0.06, "sage2pp": 0.06, "sagebwd": 0.05, "train8": 0.06}
+TRAIN8 = PRESETS["train8"]
+
+
+def assert_close_to_exact(actual, exact, bound):
+    assert np.isfinite(np.asarray(actual, np.float32)).all()
+    if np.abs(np.asarray(exact)).max() < 1e-6:  # nothing but rounding to compare with
+        assert np.abs(np.asarray(actual, np.float32)).max() < 1e-3
+    else:
+        assert relative_l2(actual, exact) < bound
+
+
+def test_exact_attention_is_that_of_jax():
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 70, n, 32)) for i, n in enumerate((4, 2, 2)))
+    out, lse = reference.exact_attention(
+        q, k, v, no_masks(2, 70, 70), scale=0.3, window_left=20, window_right=0
+    )
+    expected, expected_lse = jax.nn.dot_product_attention(
+        q, k, v, scale=0.3, is_causal=True, local_window_size=(20, 0), return_residual=True
+    )
+    assert relative_l2(out, expected) < 1e-5
+    np.testing.assert_allclose(jnp.swapaxes(lse, 1, 2), expected_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES + BIAS_CASES, ids=str)
+def test_forward_is_near_exact_attention(case):
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    exact, exact_lse = exact_gradients(q, k, v, dout, dlse, masks, **window(case))[:2]
+    _, _, out, lse, m, l = quantized_attention(q, k, v, masks, PRESETS["sage2"], **window(case))
+    assert out.dtype == q.dtype
+    assert_close_to_exact(out, exact, FORWARD_BOUND["sage2"])
+    empty = np.isneginf(np.asarray(exact_lse))
+    assert empty.any() == case.empty_rows
+    assert (np.isneginf(np.asarray(lse)) == empty).all()
+    assert (np.asarray(l)[empty] == 0).all() and np.isneginf(np.asarray(m)[empty]).all()
+    assert (np.asarray(jnp.swapaxes(out, 1, 2), np.float32)[empty] == 0).all()
+    # INT8 scores: each logit is off by about 1% of its spread, which is a few units here at most
+    assert np.abs(np.asarray(lse - exact_lse)[~empty]).max(initial=0.0) < 0.15
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[15]], ids=str)
+def test_every_recipe_is_near_exact_attention(case, name):
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    exact = exact_gradients(q, k, v, dout, dlse, masks, **window(case))[0]
+    out = quantized_attention(q, k, v, masks, PRESETS[name], **window(case))[2]
+    assert_close_to_exact(out, exact, FORWARD_BOUND[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_near_those_of_jax(case):
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    exact = exact_gradients(q, k, v, dout, dlse, masks, **window(case))
+    ours = gradients(q, k, v, dout, dlse, masks, TRAIN8, **window(case))
+    for actual, expected in zip(ours[2:5], exact[2:5]):
+        assert_close_to_exact(actual, expected, 0.08)
+    empty = np.isneginf(np.asarray(exact[1]))
+    assert (np.asarray(jnp.swapaxes(ours[2], 1, 2))[empty] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [PRESETS["sagebwd"], TRAIN8.replace(delta="exact"), TRAIN8.replace(pv="bf16", dp="bf16")],
+    ids=lambda r: r.name,
+)
+@pytest.mark.parametrize("case", [CASES[1], CASES[8], CASES[9], CASES[15]], ids=str)
+def test_gradients_of_other_recipes(case, recipe):
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    exact = exact_gradients(q, k, v, dout, dlse, masks, **window(case))
+    ours = gradients(q, k, v, dout, dlse, masks, recipe, **window(case))
+    for actual, expected in zip(ours[2:5], exact[2:5]):
+        assert_close_to_exact(actual, expected, 0.08)
+
+
+@pytest.mark.parametrize("case", BIAS_CASES, ids=str)
+def test_bias_gradient(case):
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    exact = exact_gradients(q, k, v, dout, dlse, masks, **window(case))[5]
+    d_logits = gradients(
+        q, k, v, dout, dlse, masks, TRAIN8, with_dlogits=True, **window(case)
+    )[5]  # fmt: skip
+    axes = tuple(n for n in range(4) if exact.shape[n] == 1)
+    assert relative_l2(jnp.sum(d_logits, axis=axes, keepdims=True), exact) < 0.08
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_nan_reaches_the_rows_that_see_it_and_no_other(where):
+    case = Case("causal", B=1, T=150, S=150, N=4, K=2, right=0)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    clean = quantized_attention(q, k, v, masks, TRAIN8, **window(case))
+    arrays = dict(q=q, k=k, v=v)
+    arrays[where] = arrays[where].at[0, 70, 1, 5].set(jnp.nan)
+    _, _, out, lse, _, _ = quantized_attention(*arrays.values(), masks, TRAIN8, **window(case))
+    sees = np.zeros((1, 150, 4), bool)
+    if where == "q":
+        sees[:, 70, 1] = True
+    else:
+        sees[:, 70:, 2:] = True
+    assert (np.isnan(np.asarray(out)).all(-1) == sees).all()
+    assert (np.isnan(np.asarray(out)).any(-1) == sees).all()
+    assert (np.isnan(np.asarray(lse)).swapaxes(1, 2) == sees).all()
+    # the other rows of the same head lose nothing but what one token was worth in shared scales
+    assert relative_l2(np.asarray(out)[~sees], np.asarray(clean[2])[~sees]) < 0.06
+
+
+@pytest.mark.parametrize("where", ["q", "dout", "dlse"])
+def test_a_nan_reaches_the_gradients_of_the_keys_its_row_sees_and_no_other(where):
+    case = Case("causal", B=1, T=150, S=150, N=4, K=2, right=0)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    arrays = dict(q=q, k=k, v=v, dout=dout, dlse=dlse)
+    at = (0, 1, 70) if where == "dlse" else (0, 70, 1)
+    arrays[where] = arrays[where].at[at].set(jnp.nan)
+    ours = gradients(*arrays.values(), masks, TRAIN8, **window(case))
+    poisoned_row, seen_keys = np.zeros((1, 150, 4), bool), np.zeros((1, 150, 2), bool)
+    poisoned_row[0, 70, 1] = seen_keys[0, :71, 0] = True
+    for gradient, expected in zip(ours[2:5], (poisoned_row, seen_keys, seen_keys)):
+        assert (np.isnan(np.asarray(gradient)) == expected[..., None]).all()
+
+
+def test_gradients_of_tiny_cotangents_keep_their_digits():
+    q, k, v, dout, dlse, masks = make_inputs(Case("plain", B=1, T=80, S=80))
+    ours = gradients(q, k, v, dout * 1e-20, dlse * 0, masks, TRAIN8)
+    exact = exact_gradients(q, k, v, dout, dlse * 0, masks)
+    for actual, expected in zip(ours[2:5], exact[2:5]):
+        assert relative_l2(actual * 1e20, expected) < 0.08
+
+
+@pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1e4])
+def test_tiny_and_huge_values_keep_their_relative_accuracy(magnitude):
+    case = Case("plain", B=1, T=80, S=80)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    v, dout = v * magnitude, dout * magnitude
+    exact = exact_gradients(q, k, v, dout, dlse * 0, masks)
+    ours = gradients(q, k, v, dout, dlse * 0, masks, TRAIN8)
+    assert_close_to_exact(ours[0] / magnitude, exact[0] / magnitude, 0.06)
+    # dq and dk are quadratic in the magnitude; below 1e-38 float32 itself has no digits left
+    for actual, expected, power in zip(ours[2:5], exact[2:5], (2, 2, 1)):
+        if magnitude**power > 1e-30:
+            assert relative_l2(actual / magnitude**power, expected / magnitude**power) < 0.08
+
+
+# Relative L2 errors of O, dQ, dK, dV at d = 128 and 2048 tokens: design figures. Those of outlier, and of dK on
+# sink with exact delta, were widened by hand: they hang on which channels and directions a seed draws.
+TABLE = {
+    ("normal", "train8"): (0.0387, 0.0414, 0.0409, 0.0405),
+    ("normal", "bf16"): (0.0128, 0.0397, 0.0395, 0.0405),
+    ("normal", "sagebwd"): (0.0338, 0.0473, 0.0474, 0.0412),
+    ("sigma3", "train8"): (0.0499, 0.1079, 0.1053, 0.0498),
+    ("sigma3", "exact"): (0.0499, 0.0821, 0.0815, 0.0498),
+    ("sigma3", "sagebwd"): (0.0434, 0.0771, 0.0763, 0.0434),
+    ("outlier", "train8"): (0.0115, 0.0540, 0.0600, 0.0480),
+    ("sink", "train8"): (0.0380, 0.0951, 0.1440, 0.0280),
+    ("sink", "exact"): (0.0380, 0.0605, 0.0950, 0.0280),
+}
+VARIANTS = {
+    "train8": TRAIN8,
+    "exact": TRAIN8.replace(delta="exact"),
+    "bf16": TRAIN8.replace(pv="bf16", dp="bf16"),
+    "sagebwd": PRESETS["sagebwd"],
+}
+
+
+@pytest.mark.parametrize("data, variant", TABLE, ids=lambda x: x)
+def test_accuracy_table(data, variant):
+    """Within 1.15 of the table: figures move by a few percent from seed to seed."""
+    q, k, v, dout = synthetic(data, jax.random.key(7), tokens=2048, head_dim=128)
+    masks, dlse = no_masks(1, 2048, 2048), jnp.zeros((1, 1, 2048))
+    exact = exact_gradients(q, k, v, dout, dlse, masks)
+    ours = gradients(q, k, v, dout, dlse, masks, VARIANTS[variant])
+    for index, (tensor, bound) in enumerate(zip(("o", "dq", "dk", "dv"), TABLE[data, variant])):
+        position = index if index == 0 else index + 1
+        error = relative_l2(ours[position], exact[position])
+        assert error < 1.15 * bound, f"{tensor}: {error:.4f}, table {bound:.4f}"

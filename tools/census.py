@@ -1,0 +1,259 @@
+"""Compiles the CUDA kernels for every architecture and takes a census of their machine code.
+
+Nothing here needs a GPU. It checks that every kernel uses the matrix instructions it was written for, keeps within its
+budget of registers, and spills nothing; it prints one line a kernel and fails with one sentence a violation.
+
+    python tools/census.py [--library FILE] [--archs 80;89;90a;120a] [--jobs N]
+
+Without --library it builds one in build/census, with cmake and ninja from this interpreter's environment or the PATH. It
+needs cuobjdump and nvdisasm: from the PATH or from PyPI (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm), which it
+installs into this interpreter's environment if they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import fnmatch
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ARCHS = "80;89;90a;120a"
+MAX_REGISTERS = 255
+DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
+# Spills that are known and not yet removed: (architecture, kernel, bytes of stack), `*` stands for anything. Entries may
+# only shrink or go: every other kernel must spill nothing. Those that matter for speed are head dimensions 64 and 128.
+KNOWN_SPILLS = (
+    ("90a", "*gradient_operands*", 16),
+    ("120a", "attention_fwd*E4m3ThroughHalf 1*64>", 8),
+    ("120a", "attention_fwd*NativeE4m3*128>", 8),
+    ("120a", "backward_dkv*E4m3Native 128>", 40),
+    ("90a", "backward_dkv*DpBf16*E4m3Unpacked 128>", 32),
+    ("120a", "backward_dq*SageBwd 128>", 8),
+    ("120a", "attention_fwd*Int8 256>", 24),
+    ("*", "attention_fwd*E4m3ThroughHalf*256>", 136),
+    ("*", "attention_fwd*NativeE4m3*256>", 16),
+    ("*", "backward_* 256>", 512),
+)
+BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
+
+
+@dataclasses.dataclass
+class Kernel:
+    """One kernel as compiled for one architecture; `instructions` counts the opcodes of interest."""
+
+    arch: str
+    name: str
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def spills(self) -> int:
+        return self.instructions["STL"] + self.instructions["LDL"]
+
+
+def short_name(mangled: str) -> str:
+    """A kernel's name with its configuration, from the mangled one: backward_dq<DqConfig Train8 DpInt8 E4m3Native 128>."""
+    parts = []
+    for match in re.finditer(r"Lb([01])E|Li(\d+)E|(?<![A-Za-z])(\d+)(?=[A-Za-z_])", mangled):
+        if match[1] or match[2]:
+            parts.append(match[1] or match[2])
+        elif match[3]:
+            start, length = match.end(), int(match[3])
+            parts.append(mangled[start : start + length])
+    skip = ("sage", "sm80", "sm89", "BackwardCall", "AttendParams", "AttentionShape", "GLOBAL")
+    parts = [p for p in parts if not p.startswith(("_GLOBAL", "_INTERNAL")) and p not in skip]
+    return f"{parts[0]}<{' '.join(parts[1:])}>" if parts[1:] else (parts or [mangled])[0]
+
+
+def expected(kernel: Kernel) -> list[tuple[str, str]]:
+    """(opcode, reason) of what the kernel's machine code must contain."""
+    name, arch = kernel.name, int(re.match(r"\d+", kernel.arch)[0])
+    wanted = []
+    if name.startswith(("attention_fwd", "backward_d")):
+        wanted += [("IMMA", "INT8 scores"), ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
+    if name.startswith(("backward_dq", "backward_dkv")) and "Train8" in name:
+        native = "E4m3Native" in name
+        wanted += [("QMMA", "e4m3 products") if native else ("HMMA", "e4m3 through f16")]
+    if name.startswith("backward_d") and "DpBf16" in name or "SageBwd" in name:
+        wanted += [("HMMA", "dO·Vᵀ in bf16")]
+    if name.startswith("attention_fwd") and re.search(r"E4m3|Values16|F16|Bf16|Half", name):
+        qmma = arch == 89 or arch >= 100
+        if not ("Native" in name and qmma):
+            wanted += [("HMMA", "P·V")] if "Native" not in name else []
+        else:
+            wanted += [("QMMA", "P·V in e4m3")]
+    return wanted
+
+
+def violations(kernels: list[Kernel]) -> list[str]:
+    """One sentence for everything that is not as it should be."""
+    found = []
+    for k in kernels:
+        where = f"{k.name} for sm_{k.arch}"
+        known = [
+            size
+            for arch, name, size in KNOWN_SPILLS
+            if fnmatch.fnmatchcase(k.arch, arch) and fnmatch.fnmatchcase(k.name, name)
+        ]
+        allowed = max(known, default=0)
+        if k.stack > allowed or (k.spills and not allowed):
+            found.append(
+                f"{where} spills: {k.spills} local loads and stores, a stack frame of {k.stack} bytes; "
+                "lower its registers (fewer values alive in the loop) or its blocks per multiprocessor."
+            )
+        if k.registers > MAX_REGISTERS:
+            found.append(f"{where} uses {k.registers} registers, more than {MAX_REGISTERS}.")
+        for opcode, reason in expected(k):
+            if not k.instructions[opcode]:
+                found.append(f"{where} has no {opcode} instruction ({reason}).")
+    return found
+
+
+OPCODE = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"
+    r"(IMMA|QMMA|HMMA|LDSM|LDGSTS|STL|LDL|MUFU|I2F\w*|BAR|WARPSYNC)\b"
+)
+
+
+def parse_sass(lines, kernels: dict[tuple[str, str], Kernel]):
+    """Counts instructions in the output of `cuobjdump -sass`, an iterable of lines."""
+    arch, current = "", None
+    for line in lines:
+        if line.startswith("arch ="):
+            arch = line.split("sm_")[1].strip()
+        elif "Function :" in line:
+            mangled = line.split("Function :")[1].strip()
+            current = kernels.setdefault((arch, mangled), Kernel(arch, short_name(mangled)))
+        elif current is not None and (match := OPCODE.match(line)):
+            current.instructions[match[1]] += 1
+
+
+def parse_resources(lines, kernels: dict[tuple[str, str], Kernel]):
+    """Registers, stack frame and static shared memory from the output of `cuobjdump -res-usage`."""
+    arch, mangled = "", ""
+    for line in lines:
+        if line.startswith("arch ="):
+            arch = line.split("sm_")[1].strip()
+        elif match := re.search(r"Function (\S+?):", line):
+            mangled = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            kernel = kernels.setdefault((arch, mangled), Kernel(arch, short_name(mangled)))
+            kernel.registers, kernel.stack, kernel.shared = map(int, match.groups())
+
+
+def take(library: pathlib.Path) -> list[Kernel]:
+    """The census of a shared library, sorted by name and architecture."""
+    tool, kernels = cuobjdump(), {}
+    for option, parse in (("-sass", parse_sass), ("-res-usage", parse_resources)):
+        command = [tool, option, str(library)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_tool_env()) as process:
+            parse(process.stdout, kernels)
+        if process.returncode:
+            raise SystemExit(f"census: `{' '.join(command)}` failed with status {process.returncode}.")
+    return sorted(kernels.values(), key=lambda k: (k.name, k.arch))
+
+
+def _pypi_bin() -> pathlib.Path | None:
+    spec = importlib.util.find_spec("nvidia")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for path in sorted(pathlib.Path(folder).glob("cu*/bin/cuobjdump")):
+            return path.parent
+    return None
+
+
+def _tool_env() -> dict[str, str]:
+    folders = [str(_pypi_bin())] if _pypi_bin() else []
+    folders += [str(pathlib.Path(sys.executable).parent), os.environ.get("PATH", "")]
+    return {**os.environ, "PATH": os.pathsep.join((*folders, "/usr/local/cuda/bin"))}
+
+
+def _install(packages):
+    print(f"census: installing {', '.join(packages)}", flush=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
+        check=True,
+    )  # fmt: skip
+    importlib.invalidate_caches()
+
+
+def cuobjdump() -> str:
+    """Path of cuobjdump, with nvdisasm beside it or on the PATH."""
+    both = lambda: all(shutil.which(t, path=_tool_env()["PATH"]) for t in ("cuobjdump", "nvdisasm"))  # noqa: E731
+    if not both():
+        _install(DISASSEMBLERS)
+    if not both():
+        raise SystemExit(
+            "census: no cuobjdump and nvdisasm; run `pip install " + " ".join(DISASSEMBLERS) + "`."
+        )
+    return shutil.which("cuobjdump", path=_tool_env()["PATH"])
+
+
+def build(archs: str, jobs: int) -> pathlib.Path:
+    """Compiles the kernel library and the handlers for `archs` in build/census; its path."""
+    missing = [p for p in BUILDERS if not _available(p)]
+    if missing:
+        _install(missing)
+    folder = ROOT / "build" / "census"
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DSAGE_JAX_CUDA=ON",
+        f"-DSAGE_JAX_CUDA_ARCHS={archs}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DSAGE_JAX_MODULE_DIR={folder}",
+    ]  # fmt: skip
+    for command in (configure, ["cmake", "--build", str(folder), "-j", str(jobs), "--target", "_native_cuda"]):
+        done = subprocess.run(command, env=_tool_env(), capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"census: `{' '.join(command)}` failed:\n{done.stdout}{done.stderr}")
+    return folder / "libsage_jax_kernels.so"
+
+
+def _available(name: str) -> bool:
+    if name in ("cmake", "ninja"):
+        return shutil.which(name, path=_tool_env()["PATH"]) is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def table(kernels: list[Kernel]) -> str:
+    columns = ("IMMA", "QMMA", "HMMA", "LDSM", "LDGSTS", "MUFU")
+    width = max(len(k.name) for k in kernels)
+    head = f"{'kernel':{width}} {'arch':>5} {'regs':>5} {'stack':>5} {'spills':>6}"
+    lines = [head + "".join(f"{c:>7}" for c in columns)]
+    for k in kernels:
+        counts = "".join(f"{k.instructions[c]:>7}" for c in columns)
+        lines.append(f"{k.name:{width}} {k.arch:>5} {k.registers:>5} {k.stack:>5} {k.spills:>6}{counts}")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--library", type=pathlib.Path, help="a built libsage_jax_kernels.so")
+    parser.add_argument("--archs", default=ARCHS, help=f"to compile for (default: {ARCHS})")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="parallel compilations")
+    options = parser.parse_args(argv)
+    library = options.library or build(options.archs, options.jobs)
+    if not library.exists():
+        raise SystemExit(f"census: {library} does not exist; leave --library out to build one.")
+    kernels = take(library)
+    print(table(kernels))
+    built = {k.arch for k in kernels}
+    found = violations(kernels)
+    if options.library is None:
+        absent = [a for a in options.archs.split(";") if a not in built]
+        found += [f"the library holds no kernel for sm_{a}." for a in absent]
+    for sentence in found:
+        print(f"census: {sentence}")
+    print(f"census: {len(kernels)} kernels for {len(built)} architectures, {len(found)} violations")
+    return 1 if found or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
