@@ -170,7 +170,7 @@ def measure_speed(line: Line, entrants, options) -> tuple[list[dict[str, Any]], 
     """Rows of one line of the grid, and the sentences on those that could not run."""
     shape = (line.batch, line.seq, line.heads, line.head_dim)
     keys = jax.random.split(jax.random.key(line.seq), 4)
-    inputs = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    inputs = [jax.random.normal(key, shape).astype(jnp.bfloat16) for key in keys]
     runs, failures = {}, []
     for contender in entrants:
         if line.batch * line.heads * line.seq**2 > contender.largest_scores:

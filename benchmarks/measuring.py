@@ -57,8 +57,8 @@ def device_name() -> str:
 
 
 def results_path(name: str) -> pathlib.Path:
-    """benchmarks/results/<gpu>.json, the name in lower case with dashes and without the vendor."""
-    words = name.lower().replace("nvidia", "").split()
+    """benchmarks/results/<gpu>.json, the name in lower case with dashes."""
+    words = name.lower().split()
     return ROOT / "benchmarks" / "results" / ("-".join(words) + ".json")
 
 

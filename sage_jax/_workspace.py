@@ -2,7 +2,7 @@
 
 A CUDA handler may not allocate (its calls are captured in CUDA graphs), so scratch memory is one more result, `workspace`
 u8 [bytes], after the documented ones; XLA plans its memory. The launchers in `cuda/` carve the same buffer into the same
-rows, each starting at a multiple of 256 bytes: change both together (`tests/test_cuda_sim_backward.py` compares them).
+rows, each starting at a multiple of 256 bytes: change both together (`tests/test_cuda_sim_*.py` compare them).
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, Hp padded head dimension; Tp, Sp: T and S
 rounded up to multiples of 64.
@@ -30,9 +30,10 @@ def _total(rows) -> int:
 def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
     """Rows of the workspace of `sage_jax_quantize_kv`: partial reductions over tiles of 64 keys."""
     return (
-        ("sums", "f32", (B, K, _tiles(S), Hp)),  # token sums of K per tile
-        ("counts", "u32", (B, K, _tiles(S))),  # tokens counted per tile
-        ("v_max", "u32", (B, K, Hp)),  # bits of the channel maxima of |V|
+        ("key_sums", "f32", (B, K, _tiles(S), Hp)),  # token sums of K per tile
+        ("value_max", "f32", (B, K, _tiles(S), Hp)),  # channel maxima of |V| per tile
+        ("channel_max", "f32", (B, K, Hp)),  # the same over the sequence
+        ("used", "s32", (B, K, _tiles(S))),  # tokens counted per tile
     )
 
 

@@ -242,8 +242,8 @@ def test_tree_hash_is_gits(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, file",
     [
-        ("NVIDIA H200", "h200.json"),
-        ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090.json"),
+        ("NVIDIA H200", "nvidia-h200.json"),
+        ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090.json"),
         ("cpu", "cpu.json"),
     ],
 )

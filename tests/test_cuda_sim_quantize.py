@@ -1,5 +1,7 @@
 """The quantising kernels, run by the host simulator, against the specification: bit for bit."""
 
+import ctypes
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from cuda_sim import library as sim
 from metrics import assert_same_bits
 
-from sage_jax import reference
+from sage_jax import _workspace, reference
 
 KV_NAMES = ("k8", "k_scale", "k_mean", "v_pv", "v_scale", "v_dp", "v_dp_scale")
 quantize_kv = jax.jit(reference.quantize_kv, static_argnames=("pv", "v_range", "smooth_k", "dp"))
@@ -89,6 +91,17 @@ def test_every_magnitude(size):
     actual = sim.quantize_kv(k, v, limits, **options)
     for name, a, e in zip(KV_NAMES, actual, quantize_kv(k, v, limits, **options)):
         assert_same_bits(a, e, name)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 64), (2, 77, 3, 64), (1, 1000, 2, 128), (3, 65, 1, 256)]
+)
+def test_the_planned_workspace_is_what_the_launcher_needs(sizes):
+    batch, keys, kv_heads, padded = sizes
+    shape = sim.Shape(batch, 1, keys, kv_heads, kv_heads, padded, padded)
+    needed = sim.library().sim_quantize_kv_workspace_bytes(ctypes.byref(shape))
+    planned = _workspace.quantize_kv_bytes(*sizes)
+    assert needed <= planned < needed + 4 * _workspace.ALIGNMENT
 
 
 def test_an_unsupported_block_of_queries_is_refused():
