@@ -11,16 +11,17 @@ namespace {
 
 const char* const kPvNames[] = {"e4m3", "f16", "bf16", "int8"};
 
-// The fitting kernel made for the newest architecture below `limit`.
+// The fitting kernel made for the newest architecture below `limit`; of two, that of the later table.
 const ForwardKernel* find(const AttendParams& p, int limit) {
   const ForwardKernel* best = nullptr;
   for (const ForwardTable& table :
-       {sm80_forward_kernels(), sm89_forward_kernels(), sm90_forward_kernels()}) {
+       {sm80_forward_kernels(), sm89_forward_kernels(), sm90_mma_forward_kernels(),
+        p.portable ? ForwardTable{nullptr, 0} : sm90_forward_kernels()}) {
     for (int i = 0; i < table.count; ++i) {
       const ForwardKernel& k = table.kernels[i];
       const bool fits = k.pv == p.pv && k.f16_accumulate == p.f16_accumulate &&
                         k.padded_dim == p.shape.padded_dim && k.architecture < limit;
-      if (fits && (best == nullptr || k.architecture > best->architecture)) best = &k;
+      if (fits && (best == nullptr || k.architecture >= best->architecture)) best = &k;
     }
   }
   return best;

@@ -22,7 +22,8 @@ struct ForwardTable {
 
 ForwardTable sm80_forward_kernels();
 ForwardTable sm89_forward_kernels();
-ForwardTable sm90_forward_kernels();
+ForwardTable sm90_mma_forward_kernels();  // warp-level products
+ForwardTable sm90_forward_kernels();      // warpgroup-level products
 
 // The current device's architecture, 80 for compute capability 8.0; 0 where there is no device.
 inline int device_architecture() {

@@ -78,6 +78,7 @@ struct AttendParams {
   PvFormat pv;
   bool f16_accumulate;
   float scale;
+  bool portable;  // take a warp-level kernel, to compare with
   const int8_t* q8;        // [B, N, T, Hp]
   const float* q_scale;    // [B, N, T]
   const float* lse_shift;  // [B, N, T]

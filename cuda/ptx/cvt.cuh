@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "numerics/e4m3.h"
+
 namespace sage::ptx {
 
 __device__ __forceinline__ uint32_t cvt_f16x2_f32(float low, float high) {
@@ -43,6 +45,17 @@ __device__ __forceinline__ uint32_t cvt_f16x2_e4m3x2(uint16_t pair) {
   uint32_t r;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(pair));
   return r;
+}
+
+// Four at once, the first argument in the lowest byte; on architectures without the instruction bit
+// by bit. Saturates at ±448.
+__device__ __forceinline__ uint32_t cvt_e4m3x4_f32(float x0, float x1, float x2, float x3) {
+#if __CUDA_ARCH__ >= 890
+  return cvt_e4m3x2_f32(x0, x1) | static_cast<uint32_t>(cvt_e4m3x2_f32(x2, x3)) << 16;
+#else
+  return e4m3_code(x0) | static_cast<uint32_t>(e4m3_code(x1)) << 8 |
+         static_cast<uint32_t>(e4m3_code(x2)) << 16 | static_cast<uint32_t>(e4m3_code(x3)) << 24;
+#endif
 }
 
 }  // namespace sage::ptx

@@ -36,94 +36,113 @@ struct Statistics {
   }
 };
 
-bool has_channel_scales(PvFormat pv) { return pv == PvFormat::kE4m3 || pv == PvFormat::kF16; }
+__host__ __device__ inline bool has_channel_scales(PvFormat pv) {
+  return pv == PvFormat::kE4m3 || pv == PvFormat::kF16;
+}
 
-// A block's tile of 64 tokens of one (batch, key head).
+// A block's tile of 64 tokens of one (batch, key head). Heads come first: blocks at work at the same
+// time read whole rows of memory. The launch that reads a second time goes backwards: what the first
+// has read last may still lie in the L2 cache.
 struct TileIndex {
   int tile, tiles, head, b, valid;
   int64_t plane;
 
-  __device__ explicit TileIndex(const QuantizeKvParams& p) {
-    const int block = static_cast<int>(blockIdx.x);
+  __device__ TileIndex(const QuantizeKvParams& p, bool backwards) {
+    const int block = static_cast<int>(backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     tiles = (p.shape.keys + kTileKeys - 1) / kTileKeys;
-    tile = block % tiles;
-    head = block / tiles % p.shape.kv_heads;
-    b = block / tiles / p.shape.kv_heads;
+    head = block % p.shape.kv_heads;
+    tile = block / p.shape.kv_heads % tiles;
+    b = block / p.shape.kv_heads / tiles;
     valid = min(p.bounds[3 * static_cast<int64_t>(b) + 1], p.shape.keys);
     plane = static_cast<int64_t>(b) * p.shape.kv_heads + head;
   }
 };
 
-// Eight channels of one token of K and V. `used` tokens are valid and finite; others read as zero.
-struct TokenPair {
-  float k[kChannels], v[kChannels];
-  bool used, bad;
+// Eight channels of a thread's tokens of K and V. `used` tokens are valid and finite; others read as
+// zero.
+template <class Piece>
+struct TokenPairs {
+  Piece k[kPerThread], v[kPerThread];
+  bool used[kPerThread];
+  uint32_t bad = 0;  // bit i: token i is valid, but not finite
 
-  template <class Rows>
-  __device__ __forceinline__ void load(const QuantizeKvParams& p, const TileIndex& at, int token) {
+  template <class Rows, class Token>
+  __device__ __forceinline__ TokenPairs(Rows, const QuantizeKvParams& p, const TileIndex& at,
+                                        Token token) {
     const AttentionShape& s = p.shape;
-    const int64_t row =
-        ((static_cast<int64_t>(at.b) * s.keys + token) * s.kv_heads + at.head) * s.head_dim;
-    const bool valid = token < at.valid;
-    if (valid) {
-      load_channels(k, p.k, p.k_dtype, row, Rows::channel(), s.head_dim);
-      load_channels(v, p.v, p.v_dtype, row, Rows::channel(), s.head_dim);
-    }
-    const bool finite =
-        whole_token<Rows::kThreadsPerToken>(!valid || (all_finite(k) && all_finite(v)));
-    used = valid && finite;
-    bad = valid && !finite;
+    const int64_t stride = static_cast<int64_t>(s.kv_heads) * s.head_dim;
+    const int64_t plane = static_cast<int64_t>(at.b) * s.keys * stride + at.head * s.head_dim;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      k[c] = used ? k[c] : 0.0f;
-      v[c] = used ? v[c] : 0.0f;
+    for (int i = 0; i < kPerThread; ++i) {
+      if (token(i) >= at.valid) continue;
+      k[i].load(p.k, p.k_dtype, plane + token(i) * stride, Rows::channel(), s.head_dim);
+      v[i].load(p.v, p.v_dtype, plane + token(i) * stride, Rows::channel(), s.head_dim);
     }
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const bool valid = token(i) < at.valid;
+      const bool finite =
+          whole_token<Rows::kThreadsPerToken>(!valid || (k[i].finite() && v[i].finite()));
+      used[i] = valid && finite;
+      bad |= valid && !finite ? 1u << i : 0u;
+    }
+  }
+
+  __device__ __forceinline__ void unpack(const Piece& piece, int i, float (&x)[kChannels]) const {
+    piece.unpack(x);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[c] = used[i] ? x[c] : 0.0f;
   }
 };
 
 // ---------------------------------------------------------------------- statistics of a tile of
 // tokens
 
-template <int kHeadDim>
+template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim) tile_statistics(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ float sums[16][kHeadDim], maxima[16][kHeadDim];
   __shared__ int used_tokens[16];
-  const TileIndex at(p);
+  const TileIndex at(p, false);
   const int row = Rows::row(), channel = Rows::channel();
+  const int first = at.tile * kTileKeys + row;
+  const TokenPairs<Piece> x(Rows(), p, at, [&](int i) { return first + 16 * i; });
 
-  TokenPair x[kPerThread];
-  int used = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    x[i].load<Rows>(p, at, at.tile * kTileKeys + row + 16 * i);
-    used += x[i].used;
-  }
   // Tokens row, row + 16, row + 32, row + 48: the first two halvings of the tile happen here.
+  float y[kPerThread][kChannels];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x.unpack(x.k[i], i, y[i]);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    sums[row][channel + c] = (x[0].k[c] + x[2].k[c]) + (x[1].k[c] + x[3].k[c]);
-    maxima[row][channel + c] =
-        fmaxf(fmaxf(fabsf(x[0].v[c]), fabsf(x[1].v[c])), fmaxf(fabsf(x[2].v[c]), fabsf(x[3].v[c])));
+    sums[row][channel + c] = (y[0][c] + y[2][c]) + (y[1][c] + y[3][c]);
   }
-  if (channel == 0) used_tokens[row] = used;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    maxima[row][channel + c] =
+        fmaxf(fmaxf(fabsf(y[0][c]), fabsf(y[1][c])), fmaxf(fabsf(y[2][c]), fabsf(y[3][c])));
+  }
+  if (channel == 0) used_tokens[row] = x.used[0] + x.used[1] + x.used[2] + x.used[3];
   __syncthreads();
 
   const Statistics out(p.shape, p.workspace);
   const int64_t tile = at.plane * at.tiles + at.tile;
-  for (int c = static_cast<int>(threadIdx.x); c < kHeadDim; c += Rows::kThreads) {
-    float y[16], largest = 0.0f;
+  const int c = static_cast<int>(threadIdx.x) % kHeadDim;  // two threads a channel
+  float z[16];
+  if (threadIdx.x < kHeadDim) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      y[i] = sums[i][c];
-      largest = fmaxf(largest, maxima[i][c]);
-    }
+    for (int i = 0; i < 16; ++i) z[i] = sums[i][c];
 #pragma unroll
     for (int half = 8; half > 0; half /= 2) {
 #pragma unroll
-      for (int i = 0; i < half; ++i) y[i] += y[i + half];
+      for (int i = 0; i < half; ++i) z[i] += z[i + half];
     }
-    out.key_sums[tile * kHeadDim + c] = y[0];
+    out.key_sums[tile * kHeadDim + c] = z[0];
+  } else {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) largest = fmaxf(largest, maxima[i][c]);
     out.value_max[tile * kHeadDim + c] = largest;
   }
   if (threadIdx.x == 0) {
@@ -235,12 +254,12 @@ struct TransposedTile {
   }
 };
 
-template <int kHeadDim>
+template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ TransposedTile<kHeadDim> transposed;
   __shared__ float scratch_k[Rows::kThreads / kWarpSize], scratch_v[Rows::kThreads / kWarpSize];
-  const TileIndex at(p);
+  const TileIndex at(p, true);
   const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
   const int64_t tile = at.plane * at.tiles + at.tile;
   const int64_t channels = at.plane * kHeadDim + channel;  // where this thread's channels lie
@@ -249,31 +268,27 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   // the group of 16 tokens r / 4, with q = r % 4.
   const int first = at.tile * kTileKeys + row / 4 * 16 + row % 4 * 2;
   const auto token = [&](int i) { return first + i % 2 + i / 2 * 8; };
-  TokenPair x[kPerThread];
-  bool bad = false;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    x[i].load<Rows>(p, at, token(i));
-    bad = bad || x[i].bad;
-  }
-  const bool bad_tile = __syncthreads_or(bad);
+  const TokenPairs<Piece> x(Rows(), p, at, token);
+  const bool bad_tile = __syncthreads_or(x.bad != 0);
+  float y[kPerThread][kChannels];
 
   // -------------------------------------------------------------------------------------------
   // keys
   float mean[kChannels] = {};
-  if (p.smooth_k) load_channels(mean, p.k_mean, Dtype::kF32, channels, 0, kHeadDim);
+  if (p.smooth_k) load_floats(mean, p.k_mean + channels);
   float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
+    x.k[i].unpack(y[i]);
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i].k[c] = x[i].used ? x[i].k[c] - mean[c] : 0.0f;
-    largest = fmaxf(largest, largest_magnitude(x[i].k));
+    for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
+    largest = fmaxf(largest, largest_magnitude(y[i]));
   }
   const GroupScale key_scale = group_scale(block_max<Rows::kThreads>(largest, scratch_k), 127.0f);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    uint2 codes = int8_codes(x[i].k, key_scale.inverse);
-    if (x[i].bad && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
+    uint2 codes = int8_codes(y[i], key_scale.inverse);
+    if ((x.bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
     if (token(i) >= keys) continue;
     *reinterpret_cast<uint2*>(p.k8 + (at.plane * keys + token(i)) * kHeadDim + channel) = codes;
   }
@@ -284,12 +299,13 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
 
   // -----------------------------------------------------------------------------------------
   // values
-  const bool int8_values = p.pv == PvFormat::kInt8 || p.dp == DpFormat::kInt8;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
   GroupScale tile_scale = {0.0f, 0.0f};
-  if (int8_values) {
+  if (p.pv == PvFormat::kInt8 || p.dp == DpFormat::kInt8) {
     largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i].v));
+    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(y[i]));
     tile_scale = group_scale(block_max<Rows::kThreads>(largest, scratch_v), 127.0f);
     if (threadIdx.x == 0) {
       if (p.pv == PvFormat::kInt8) p.v_scale[tile] = tile_scale.scale;
@@ -302,20 +318,19 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     if (token(i) >= keys || p.dp == DpFormat::kNone) continue;
     if (p.dp == DpFormat::kInt8) {
       *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.v_dp) + element) =
-          int8_codes(x[i].v, tile_scale.inverse);
+          int8_codes(y[i], tile_scale.inverse);
     } else {
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(x[i].v, true);
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(y[i], true);
     }
   }
 
-  float inverse[kChannels];
+  float inverse[kChannels], channel_max[kChannels] = {};
+  if (has_channel_scales(p.pv)) {
+    load_floats(channel_max, Statistics(p.shape, p.workspace).channel_max + channels);
+  }
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    float channel_max = 0.0f;
-    if (p.pv == PvFormat::kE4m3 || p.pv == PvFormat::kF16) {
-      channel_max = Statistics(p.shape, p.workspace).channel_max[channels + c];
-    }
-    const GroupScale scale = channel_scale(p, channel_max);
+    const GroupScale scale = channel_scale(p, channel_max[c]);
     inverse[c] = p.pv == PvFormat::kInt8 ? tile_scale.inverse : scale.inverse;
     if (at.tile == 0 && row == 0) {
       if (p.pv != PvFormat::kInt8) p.v_scale[channels + c] = scale.scale;
@@ -327,24 +342,30 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     for (int i = 0; i < kPerThread; ++i) {
       if (token(i) >= keys) continue;
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) x[i].v[c] *= inverse[c];
+      for (int c = 0; c < kChannels; ++c) y[i][c] *= inverse[c];
       *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_pv) +
                                 (at.plane * keys + token(i)) * kHeadDim + channel) =
-          halves(x[i].v, p.pv == PvFormat::kBf16);
+          halves(y[i], p.pv == PvFormat::kBf16);
     }
     return;
   }
+  if (p.pv == PvFormat::kE4m3) {
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const float v = x[i].v[c];
-      const uint8_t code = p.pv == PvFormat::kE4m3 ? e4m3_code(v * inverse[c])
-                                                   : static_cast<uint8_t>(int8_code(v, inverse[c]));
-      word |= static_cast<uint32_t>(code) << (8 * i);
+    for (int c = 0; c < kChannels; ++c) {
+      transposed.word(channel + c, row) =
+          ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
+                              __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
     }
-    transposed.word(channel + c, row) = word;
+  } else {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], inverse[c]))) << (8 * i);
+      }
+      transposed.word(channel + c, row) = word;
+    }
   }
   __syncthreads();
   const int64_t padded_keys = static_cast<int64_t>(at.tiles) * kTileKeys;
@@ -356,7 +377,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
 // --------------------------------------------------------------------------------------------
 // launches
 
-template <int kHeadDim>
+template <int kHeadDim, class Piece>
 const char* start(const QuantizeKvParams& p, Stream stream) {
   const int64_t planes = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads;
   const int64_t tiles = planes * ((p.shape.keys + kTileKeys - 1) / kTileKeys);
@@ -364,13 +385,13 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
   const dim3 grid(static_cast<unsigned>(tiles)), block(2 * kHeadDim);
   const char* error = nullptr;
   if (p.smooth_k || has_channel_scales(p.pv)) {
-    error = launch(tile_statistics<kHeadDim>, grid, block, 0, stream, p);
+    error = launch(tile_statistics<kHeadDim, Piece>, grid, block, 0, stream, p);
     if (error != nullptr) return error;
     const dim3 reduce_grid(static_cast<unsigned>(tiles > 0 ? planes * (kHeadDim / 32) : 0));
     error = launch(reduce_statistics, reduce_grid, dim3(kReduceRows * 32), 0, stream, p);
     if (error != nullptr) return error;
   }
-  return launch(write_codes<kHeadDim>, grid, block, 0, stream, p);
+  return launch(write_codes<kHeadDim, Piece>, grid, block, 0, stream, p);
 }
 
 }  // namespace
@@ -383,16 +404,19 @@ size_t quantize_kv_workspace_bytes(const AttentionShape& shape) {
 }
 
 const char* quantize_kv(const QuantizeKvParams& params, Stream stream) {
-  switch (params.shape.padded_dim) {
-    case 64:
-      return start<64>(params, stream);
-    case 128:
-      return start<128>(params, stream);
-    case 256:
-      return start<256>(params, stream);
-    default:
-      return "the padded head dimension must be 64, 128 or 256";
-  }
+  return with_pieces(params.k_dtype, params.v_dtype, params.shape.head_dim, [&](auto piece) {
+    using P = decltype(piece);
+    switch (params.shape.padded_dim) {
+      case 64:
+        return start<64, P>(params, stream);
+      case 128:
+        return start<128, P>(params, stream);
+      case 256:
+        return start<256, P>(params, stream);
+      default:
+        return "the padded head dimension must be 64, 128 or 256";
+    }
+  });
 }
 
 }  // namespace sage

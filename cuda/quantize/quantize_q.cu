@@ -8,8 +8,9 @@
 namespace sage {
 namespace {
 
-template <int kHeadDim_, int kTokens_, bool kPerToken_>
+template <int kHeadDim_, int kTokens_, bool kPerToken_, class Piece_>
 struct QueryConfig {
+  using Piece = Piece_;
   using Rows = RowBlock<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTokens = kTokens_;
@@ -26,28 +27,31 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, 1)
   const AttentionShape& shape = p.shape;
   const int groups = (shape.queries + Config::kTokens - 1) / Config::kTokens;
   const int block = static_cast<int>(blockIdx.x);
-  const int first = block % groups * Config::kTokens;
-  const int head = block / groups % shape.heads, b = block / groups / shape.heads;
+  // Heads first: blocks at work at the same time read whole rows of memory.
+  const int head = block % shape.heads, first = block / shape.heads % groups * Config::kTokens;
+  const int b = block / shape.heads / groups;
   const int valid = min(p.bounds[3 * static_cast<int64_t>(b)], shape.queries);
   const int channel = Rows::channel();
   const int64_t plane = static_cast<int64_t>(b) * shape.heads + head;
 
   // ------------------------------------------------------------------------ read, look for NaN and
   // Inf
-  float x[kPerThread][kChannels];
-  float largest[kPerThread];
-  bool finite[kPerThread];
+  typename Config::Piece pieces[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int token = first + Rows::row() + i * Rows::kTokensAtOnce;
     const int64_t row =
         ((static_cast<int64_t>(b) * shape.queries + token) * shape.heads + head) * shape.head_dim;
-    if (token < valid) {
-      load_channels(x[i], p.q, p.q_dtype, row, channel, shape.head_dim);
-    } else {
-      for (int c = 0; c < kChannels; ++c) x[i][c] = 0.0f;
-    }
-    finite[i] = whole_token<Rows::kThreadsPerToken>(all_finite(x[i]));
+    if (token < valid) pieces[i].load(p.q, p.q_dtype, row, channel, shape.head_dim);
+  }
+  float x[kPerThread][kChannels];
+  float largest[kPerThread];
+  bool finite[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    finite[i] = whole_token<Rows::kThreadsPerToken>(pieces[i].finite());
+    pieces[i].unpack(x[i]);
+#pragma unroll
     for (int c = 0; c < kChannels; ++c) x[i][c] = finite[i] ? x[i][c] : 0.0f;
     largest[i] = largest_magnitude(x[i]);
   }
@@ -67,9 +71,8 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, 1)
   // the keys
   float mean[kChannels];
   const int kv_head = head / (shape.heads / shape.kv_heads);
-  load_channels(mean, p.k_mean, Dtype::kF32,
-                (static_cast<int64_t>(b) * shape.kv_heads + kv_head) * Config::kHeadDim, channel,
-                Config::kHeadDim);
+  load_floats(mean, p.k_mean + (static_cast<int64_t>(b) * shape.kv_heads + kv_head) *
+                                   Config::kHeadDim + channel);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int token = first + Rows::row() + i * Rows::kTokensAtOnce;
@@ -103,16 +106,19 @@ const char* start(const QuantizeQParams& p, Stream stream) {
 
 template <int kHeadDim>
 const char* start_blocks(const QuantizeQParams& p, Stream stream) {
-  switch (p.q_block) {
-    case 1:
-      return start<QueryConfig<kHeadDim, 64, true>>(p, stream);
-    case 64:
-      return start<QueryConfig<kHeadDim, 64, false>>(p, stream);
-    case 128:
-      return start<QueryConfig<kHeadDim, 128, false>>(p, stream);
-    default:
-      return "q_block must be 1, 64 or 128";
-  }
+  return with_pieces(p.q_dtype, p.q_dtype, p.shape.head_dim, [&](auto piece) {
+    using P = decltype(piece);
+    switch (p.q_block) {
+      case 1:
+        return start<QueryConfig<kHeadDim, 64, true, P>>(p, stream);
+      case 64:
+        return start<QueryConfig<kHeadDim, 64, false, P>>(p, stream);
+      case 128:
+        return start<QueryConfig<kHeadDim, 128, false, P>>(p, stream);
+      default:
+        return "q_block must be 1, 64 or 128";
+    }
+  });
 }
 
 }  // namespace

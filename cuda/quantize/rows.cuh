@@ -9,6 +9,8 @@
 #include "numerics/bf16.h"
 #include "numerics/f16.h"
 #include "numerics/int8.h"
+#include "ptx/cvt.cuh"
+#include "ptx/math.cuh"
 
 namespace sage {
 
@@ -34,39 +36,102 @@ __device__ __forceinline__ float load_element(const void* x, Dtype dtype, int64_
   return dtype == Dtype::kBf16 ? bf16_value(bits) : f16_value(bits);
 }
 
-// Channels [channel, channel + 8) of the row that starts at element `row`; zero from `head_dim` on.
-__device__ __forceinline__ void load_channels(float (&x)[kChannels], const void* tensor,
-                                              Dtype dtype, int64_t row, int channel, int head_dim) {
-  const int64_t at = row + channel;
-  if (head_dim % kChannels != 0) {
+// Eight channels of a token as they lie in memory: many are read before the first is used. Of a tensor
+// whose dtype is known to the compiler and whose head dimension is a multiple of 8.
+template <Dtype kDtype>
+struct Piece {
+  static_assert(kDtype != Dtype::kF32, "16-bit formats");
+  uint4 words = {0, 0, 0, 0};
+
+  __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel,
+                                       int head_dim) {
+    if (channel >= head_dim) return;
+    words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + row + channel);
+  }
+  __device__ __forceinline__ bool finite() const {
+    constexpr uint32_t kExponent = kDtype == Dtype::kBf16 ? 0x7f80u : 0x7c00u;
+    bool finite = true;
+    const uint32_t all[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      x[i] = channel + i < head_dim ? load_element(tensor, dtype, at + i) : 0.0f;
+    for (uint32_t w : all) {
+      finite = finite && (w & kExponent) != kExponent &&
+               (w & kExponent << 16) != kExponent << 16;
     }
-  } else if (channel >= head_dim) {
+    return finite;
+  }
+  __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
+    const uint32_t all[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) x[i] = 0.0f;
-  } else if (dtype == Dtype::kF32) {
-    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(tensor) + at);
-    const float4 low = from[0], high = from[1];
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-  } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + at);
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      const auto bits = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
-      x[i] = dtype == Dtype::kBf16 ? bf16_value(bits) : f16_value(bits);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kDtype == Dtype::kBf16) {
+        x[2 * i] = bits_float(all[i] << 16);
+        x[2 * i + 1] = bits_float(all[i] & 0xffff0000u);
+      } else {
+        ptx::cvt_f32_f16x2(x[2 * i], x[2 * i + 1], all[i]);
+      }
     }
   }
+};
+
+template <>
+struct Piece<Dtype::kF32> {
+  float4 low = {0.0f, 0.0f, 0.0f, 0.0f}, high = {0.0f, 0.0f, 0.0f, 0.0f};
+
+  __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel,
+                                       int head_dim) {
+    if (channel >= head_dim) return;
+    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(tensor) + row + channel);
+    low = from[0];
+    high = from[1];
+  }
+  __device__ __forceinline__ bool finite() const {
+    return is_finite(low.x) && is_finite(low.y) && is_finite(low.z) && is_finite(low.w) &&
+           is_finite(high.x) && is_finite(high.y) && is_finite(high.z) && is_finite(high.w);
+  }
+  __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+  }
+};
+
+// The same of any tensor.
+struct AnyPiece {
+  float values[kChannels] = {};
+
+  __device__ __forceinline__ void load(const void* tensor, Dtype dtype, int64_t row, int channel,
+                                       int head_dim) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      if (channel + i < head_dim) values[i] = load_element(tensor, dtype, row + channel + i);
+    }
+  }
+  __device__ __forceinline__ bool finite() const {
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) finite = finite && is_finite(values[i]);
+    return finite;
+  }
+  __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) x[i] = values[i];
+  }
+};
+
+// Calls start(P()) with the kind P of piece that fits tensors of these dtypes.
+template <class Start>
+const char* with_pieces(Dtype one, Dtype other, int head_dim, Start start) {
+  if (one != other || head_dim % kChannels != 0) return start(AnyPiece());
+  if (one == Dtype::kBf16) return start(Piece<Dtype::kBf16>());
+  if (one == Dtype::kF16) return start(Piece<Dtype::kF16>());
+  return start(Piece<Dtype::kF32>());
 }
 
-__device__ __forceinline__ bool all_finite(const float (&x)[kChannels]) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) finite = finite && is_finite(x[i]);
-  return finite;
+// Eight float32 channels.
+__device__ __forceinline__ void load_floats(float (&x)[kChannels], const float* from) {
+  const auto* const pair = reinterpret_cast<const float4*>(from);
+  const float4 low = pair[0], high = pair[1];
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
 __device__ __forceinline__ float largest_magnitude(const float (&x)[kChannels]) {
@@ -107,15 +172,18 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
   return x;
 }
 
-// Eight INT8 codes as two words, lowest channel first.
+// Eight INT8 codes as two words, lowest channel first: those of int8_code for |x · inverse| <= 127.5.
+// 1.5·2^23 added to a float of small magnitude leaves it, rounded to an integer, in the low bits.
 __device__ __forceinline__ uint2 int8_codes(const float (&x)[kChannels], float inverse) {
-  uint32_t words[2] = {0, 0};
+  uint32_t code[kChannels];
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    const auto code = static_cast<uint8_t>(int8_code(x[i], inverse));
-    words[i / 4] |= static_cast<uint32_t>(code) << (8 * (i % 4));
+    code[i] = float_bits(__fadd_rn(__fmul_rn(x[i], inverse), 12582912.0f));
   }
-  return make_uint2(words[0], words[1]);
+  const auto four = [](const uint32_t* c) {
+    return ptx::prmt(ptx::prmt(c[0], c[1], 0x0040), ptx::prmt(c[2], c[3], 0x0040), 0x5410);
+  };
+  return make_uint2(four(code), four(code + 4));
 }
 
 }  // namespace sage

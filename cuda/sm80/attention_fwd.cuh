@@ -12,6 +12,7 @@
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/softmax.cuh"
+#include "common/store.cuh"
 #include "common/tile.cuh"
 #include "numerics/bf16.h"
 #include "ptx/cp_async.cuh"
@@ -131,26 +132,6 @@ __device__ __forceinline__ void score(int (&s)[Config::kRowTiles][kKeyGroups][4]
         }
       }
     }
-  }
-}
-
-__device__ __forceinline__ void store_one(void* out, Dtype dtype, int64_t at, float x) {
-  if (dtype == Dtype::kF32) {
-    static_cast<float*>(out)[at] = x;
-  } else {
-    const uint32_t bits =
-        dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(x, 0.0f) : ptx::cvt_f16x2_f32(x, 0.0f);
-    static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(bits);
-  }
-}
-
-// Two neighbouring outputs; `at` is even where `paired`, so that one aligned store serves both.
-__device__ __forceinline__ void store_two(void* out, Dtype dtype, int64_t at, float x, float y) {
-  if (dtype == Dtype::kF32) {
-    *reinterpret_cast<float2*>(static_cast<float*>(out) + at) = make_float2(x, y);
-  } else {
-    *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(out) + at) =
-        dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(x, y) : ptx::cvt_f16x2_f32(x, y);
   }
 }
 

@@ -1,4 +1,4 @@
-// Stands for sm90/attention_fwd.cu in builds without sm_90.
+// Stands for sm90/attention_fwd.cu in builds without sm_90a.
 #include "common/dispatch.h"
 
 namespace sage {

@@ -1,25 +1,22 @@
-// The forward kernels with e4m3 products for sm_90.
-#include "sm90/values.cuh"
-
-#include "common/dispatch.h"
-#include "sm80/attention_fwd.cuh"
+// The forward kernels of wgmma for sm_90a: head dimensions that fit its registers.
+#include "sm90/attention_fwd.cuh"
 
 namespace sage {
 namespace {
 
 template <class Values, int kHeadDim>
 constexpr ForwardKernel entry() {
-  return {90, Values::kFormat, Values::kF16Accumulate, kHeadDim,
-          &sm80::launch_attention_fwd<sm80::ForwardConfig<Values, kHeadDim>>};
+  return {90, Values::kFormat, false, kHeadDim,
+          &sm90::launch_attention_fwd<sm90::ForwardConfig<Values, kHeadDim>>};
 }
 
 constexpr ForwardKernel kKernels[] = {
-    entry<sm90::E4m3, 64>(),
-    entry<sm90::E4m3, 128>(),
-    entry<sm90::E4m3, 256>(),
-    entry<sm90::E4m3F16Accumulate, 64>(),
-    entry<sm90::E4m3F16Accumulate, 128>(),
-    entry<sm90::E4m3F16Accumulate, 256>(),
+    entry<sm90::E4m3Values, 64>(),
+    entry<sm90::E4m3Values, 128>(),
+    entry<sm90::HalfValues<PvFormat::kF16>, 64>(),
+    entry<sm90::HalfValues<PvFormat::kF16>, 128>(),
+    entry<sm90::HalfValues<PvFormat::kBf16>, 64>(),
+    entry<sm90::HalfValues<PvFormat::kBf16>, 128>(),
 };
 
 }  // namespace

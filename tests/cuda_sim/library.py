@@ -29,7 +29,8 @@ SOURCES = (
     "quantize/quantize_q.cu",
     "sm80/attention_fwd.cu",
     "sm89/attention_fwd.cu",
-    "sm90/attention_fwd.cu",
+    "sm90/attention_fwd_mma.cu",
+    "sm90/absent.cc",  # wgmma has no twin on the host
 )
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wall -Wno-unknown-pragmas -x c++".split()
 GUARD, GUARD_BYTE = 256, 0xA5  # bytes on both sides of every array that a kernel writes
@@ -85,6 +86,7 @@ AttendParams = _struct(
     ("pv", _int),
     ("f16_accumulate", _bool),
     ("scale", _float),
+    ("portable", _bool),
     *_fields(_pointer, "q8 q_scale lse_shift k8 k_scale v_pv v_scale"),
     ("out_dtype", _int),
     *_fields(_pointer, "out lse m l workspace"),
@@ -261,7 +263,7 @@ def attend(
     given = mask_params(a, masks, window_left, window_right)
     workspace = library().sim_mask_workspace_bytes(ctypes.byref(shape), ctypes.byref(given))
     params = AttendParams(
-        shape, given, PV[pv], f16_accumulate, scale,
+        shape, given, PV[pv], f16_accumulate, scale, False,
         *(a.input(x) for x in (*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale)),
         DTYPES[np.dtype(out_dtype).name], *(address for address, _ in results),
         a.output((workspace,), np.uint8)[0],

@@ -36,4 +36,8 @@ inline uint32_t cvt_f16x2_e4m3x2(uint16_t pair) {
                        e4m3_value(static_cast<uint8_t>(pair >> 8)));
 }
 
+inline uint32_t cvt_e4m3x4_f32(float x0, float x1, float x2, float x3) {
+  return cvt_e4m3x2_f32(x0, x1) | static_cast<uint32_t>(cvt_e4m3x2_f32(x2, x3)) << 16;
+}
+
 }  // namespace sage::ptx

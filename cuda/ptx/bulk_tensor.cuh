@@ -1,0 +1,29 @@
+// Bulk tensor copies (sm_90 and later): boxes of a tensor in global memory, described by a tensor
+// map, to shared memory. Parts of a box outside of the tensor become zero.
+#pragma once
+
+#include <cstdint>
+
+namespace sage::ptx {
+
+// Copies the box at (x, y, z), innermost coordinate first. `barrier` counts the bytes.
+__device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t shared, const void* tensor_map,
+                                                        uint32_t barrier, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%3, %4, %5}], [%2];" ::"r"(shared),
+      "l"(tensor_map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and
+// the matrix units.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace sage::ptx

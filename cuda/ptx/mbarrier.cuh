@@ -1,0 +1,54 @@
+// mbarrier: a barrier in shared memory that counts arrivals of threads and bytes of bulk copies. It
+// has a phase bit that flips each time all of them have come; a wait names the phase it waits for.
+#pragma once
+
+#include <cstdint>
+
+namespace sage::ptx {
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine, before the block's first barrier.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and makes the phase wait for `bytes` of copies as well.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Whether the phase of that parity is complete. A fresh barrier counts as having completed parity 1.
+__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return done != 0;
+}
+
+// Waits until it is. The hint, in nanoseconds, lets the hardware suspend the thread: without it the
+// loop spins, and takes the scheduler's turns away from other warps.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3; selp.u32 %0, 1, "
+        "0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase), "r"(10000000)
+        : "memory");
+  } while (done == 0);
+}
+
+}  // namespace sage::ptx

@@ -1,0 +1,445 @@
+// Forward attention for Hopper (docs/abi.md, section 3): wgmma, bulk tensor copies, warp roles.
+// Sources of the algorithm: SageAttention2 (arXiv 2411.10958), FlashAttention-3 (arXiv 2407.08608).
+// docs/kernels/sm90_forward.md has the picture.
+//
+// Requirements
+//   sm_90a; head dimension padded to 64 or 128; at least one query and one key;
+//   mask summaries computed beforehand on the same stream (common/mask.cuh).
+#pragma once
+
+#include "common/dispatch.h"
+#include "common/launch.h"
+#include "common/mask.cuh"
+#include "common/scale.cuh"
+#include "common/softmax.cuh"
+#include "common/store.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/forward_config.cuh"
+#include "sm90/forward_softmax.cuh"
+#include "sm90/forward_stream.cuh"
+#include "sm90/forward_values.cuh"
+#include "sm90/tensor_map.h"
+
+namespace sage::sm90 {
+
+// --------------------------------------------------------------------------------------- consumers
+
+// A warpgroup's view of its 64 rows; a thread holds shares of rows g and g + 8 of its warp's 16.
+template <class Config>
+class Consumer {
+  using Values = typename Config::Values;
+  using Slot = typename Config::Slot;
+  static constexpr int kScores = Config::kScores, kHeadDim = Config::kHeadDim;
+
+ public:
+  __device__ __forceinline__ Consumer(const ForwardCall& call, unsigned char* shared, int group)
+      : params_(call.p),
+        zero_(call.zero),
+        shared_(shared),
+        base_(ptx::shared_address(shared)),
+        units_(base_ / 16),
+        group_(group),
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize),
+        warp_row_(64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16) {}
+
+  // Both halves of the pipeline are written out, so that probabilities alternate between registers
+  // that are known to the compiler. Nothing is under way in the matrix unit where the loop closes:
+  // ptxas gives up overlapping products with anything otherwise.
+  __device__ __forceinline__ void run() {
+    wait_for_tile();
+    if (flags_ & kStop) return;
+    ptx::mbarrier_wait(base_ + Config::slot_full(0), 0);
+    begin_rows();
+    issue_scores(0);
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(s_);
+    if (group_ == 1) ptx::bar_arrive(1, 128 * Config::kGroups);  // the first turn is that of group 0
+    softmax(p0_);
+    while (true) {
+      if (step(p0_, p1_)) break;
+      if (step(p1_, p0_)) break;
+    }
+  }
+
+ private:
+  // One tile of keys, whose probabilities are in `p`: P·V, overlapped with the scores and the
+  // softmax of the next tile. Returns whether it was the last of the stream.
+  __device__ __forceinline__ bool step(uint32_t (&p)[Config::kProbabilities],
+                                       uint32_t (&next_p)[Config::kProbabilities]) {
+    const int stage = stage_;
+    const bool ends = flags_ & kEnds;
+    wait_for_tile();
+    int slot = slot_;
+    if (__builtin_expect(ends && !(flags_ & kStop), 0)) {
+      slot ^= 1;
+      ptx::mbarrier_wait(base_ + Config::slot_full(slot), slot_phase_ ^ (slot == 0));
+    }
+    issue_scores(slot);  // after the end: of whatever lies there
+    ptx::keep_in_registers(p);
+    ptx::wgmma_fence();
+    Values::template multiply<Config>(
+        o_, p, units_ + (Config::kValuesAt + stage * Config::kValueBytes) / 16, summed_ != 0);
+    ptx::wgmma_commit_group();
+    summed_ += Config::kKeys;
+
+    ptx::wgmma_wait_group<1>();
+    ptx::keep_in_registers(s_);
+    if (__builtin_expect(ends, 0)) {
+      ptx::wgmma_wait_group<0>();
+      ptx::keep_in_registers(o_);
+      finish_rows(Config::slots(shared_)[slot_]);
+      release(Config::slot_empty(slot_));
+      if (flags_ & kStop) return true;
+      slot_phase_ ^= slot_;
+      slot_ = slot;
+      begin_rows();
+    }
+    const Shrink shrink = softmax(next_p);
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(o_);
+    release(Config::v_empty(stage));
+    if (shrink.any) {  // harmless where nothing is summed yet
+#pragma unroll
+      for (int i = 0; i < Config::kOutputs; ++i) o_[i] *= shrink.by[i >> 1 & 1];
+    }
+    if (Values::kExactKeys > 0 && summed_ == Values::kExactKeys) {
+      add_exactly();
+      summed_ = 0;
+    }
+    return false;
+  }
+
+  // Moves on to the next tile, when it is there.
+  __device__ __forceinline__ void wait_for_tile() {
+    stage_ = next_stage_;
+    ptx::mbarrier_wait(base_ + Config::full(stage_), phase_);
+    flags_ = ptx::uniform(Config::notes(shared_)[stage_].flags);
+    if (++next_stage_ == Config::kStages) {
+      next_stage_ = 0;
+      phase_ ^= 1;
+    }
+  }
+
+  // The warpgroups take exponentials in turns: while one keeps those units busy, the other's products
+  // run and it looks for its maxima.
+  __device__ __forceinline__ void take_turn() { ptx::bar_sync(1 + group_, 128 * Config::kGroups); }
+
+  // Probabilities have no sign: what they add to the barrier's number is zero. But ptxas, which does
+  // not know it, cannot move the end of the turn, and the wait that follows, above exponentials.
+  __device__ __forceinline__ void give_turn(const uint32_t (&p)[Config::kProbabilities]) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int i = 0; i < Config::kProbabilities; ++i) all |= p[i];
+    ptx::bar_arrive(2 - group_ + static_cast<int>(all >> 31), 128 * Config::kGroups);
+  }
+
+  // What a row's output so far has to be multiplied with.
+  struct Shrink {
+    float by[2];
+    bool any;
+  };
+
+  // Probabilities of the tile whose scores are in s_, and the state of the rows.
+  __device__ __forceinline__ Shrink softmax(uint32_t (&p)[Config::kProbabilities]) {
+    if (__builtin_expect(flags_ & (kHide << group_), 0)) {
+      const Slot& slot = Config::slots(shared_)[slot_];
+      hide<kHeadDim>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4, Config::notes(shared_)[stage_].key,
+                     flags_ & kBadKeys, shared_ + Config::keys(stage_), l_);
+    }
+    const TileNote note = Config::notes(shared_)[stage_];
+    release(Config::k_empty(stage_));
+
+    constexpr int kHalves = Config::kKeys / kTileKeys;
+    float multiplier[kHalves][2], shift[kHalves][2], top[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        multiplier[h][r] = score_multiplier(row_scale_[r], note.scale[h]);
+        int best = max(s_[32 * h + 2 * r], s_[32 * h + 2 * r + 1]);
+#pragma unroll
+        for (int n = 1; n < 8; ++n) {
+          best = max(max(best, s_[32 * h + 4 * n + 2 * r]), s_[32 * h + 4 * n + 2 * r + 1]);
+        }
+        const float x = accumulated(best + kMagicBits) * multiplier[h][r];
+        top[r] = h == 0 ? x : fmaxf(top[r], x);
+      }
+      top[r] = quad_max(top[r]);
+    }
+    const Shrink shrink = raise_maximum(top);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float m = m_[r] == -INFINITY ? 0.0f : m_[r];
+#pragma unroll
+      for (int h = 0; h < kHalves; ++h) {
+        shift[h][r] = fmaf(-kMagic, multiplier[h][r], Values::kExponentBias - m);
+      }
+      l_[r] *= shrink.by[r];
+    }
+    take_turn();
+    exponentials<Config>(s_, multiplier, shift, zero_, l_, p);
+    give_turn(p);
+    return shrink;
+  }
+
+  // Q·Kᵀ of this warpgroup's rows.
+  __device__ __forceinline__ void issue_scores(int slot) {
+    constexpr int kRow = kHeadDim;  // bytes
+    const uint32_t a = units_ + (slot * Config::kQueryBytes + group_ * 64 * kRow) / 16;
+    const uint32_t b = units_ + (Config::kKeysAt + stage_ * Config::kKeyBytes) / 16;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 32; ++step) {
+      ptx::wgmma_m64k32_s32_s8(s_, ptx::shared_operand<kRow, 0, 8 * kRow>(a + 2 * step),
+                               ptx::shared_operand<kRow, 0, 8 * kRow>(b + 2 * step), step > 0);
+    }
+    ptx::wgmma_commit_group();
+  }
+
+  __device__ __forceinline__ void begin_rows() {
+    const Slot& slot = Config::slots(shared_)[slot_];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      m_[r] = -INFINITY;
+      l_[r] = 0.0f;
+      row_scale_[r] = slot.q_scale[warp_row_ + lane_ / 4 + 8 * r] * (params_.scale * kLog2E);
+    }
+    summed_ = 0;
+    exact_ = false;
+  }
+
+  // Raises m to cover `top`.
+  __device__ __forceinline__ Shrink raise_maximum(const float (&top)[2]) {
+    Shrink shrink;
+    bool changed = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float higher = fmaxf(m_[r], top[r]);
+      changed = changed || higher != m_[r];
+      shrink.by[r] = higher == -INFINITY ? 1.0f : ptx::ex2(m_[r] - higher);
+      m_[r] = higher;
+    }
+    shrink.any = __any_sync(kFullWarp, changed);
+    return shrink;
+  }
+
+  // Adds the matrix unit's sums to those in shared memory, of which each thread has its own.
+  __device__ __forceinline__ void add_exactly() {
+    float4* const sums = reinterpret_cast<float4*>(warp_region());
+    float shrink[2] = {0.0f, 0.0f};
+    if (exact_) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        shrink[r] = exact_m_[r] == -INFINITY ? 0.0f : ptx::ex2(exact_m_[r] - m_[r]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Config::kOutputs; i += 4) {
+      float4& sum = sums[i / 4 * kWarpSize + lane_];
+      float4 x = make_float4(o_[i], o_[i + 1], o_[i + 2], o_[i + 3]);
+      if (exact_) {
+        const float4 old = sum;
+        x = make_float4(fmaf(old.x, shrink[0], x.x), fmaf(old.y, shrink[0], x.y),
+                        fmaf(old.z, shrink[1], x.z), fmaf(old.w, shrink[1], x.w));
+      }
+      sum = x;
+    }
+    exact_ = true;
+    exact_m_[0] = m_[0];
+    exact_m_[1] = m_[1];
+  }
+
+  // ---------------------------------------------------------------------------------- epilogue
+
+  __device__ __forceinline__ void finish_rows(const Slot& slot) {
+    const AttentionShape& shape = params_.shape;
+    const Mask& mask = slot.mask;
+    const int lane = ptx::opaque(lane_), g = lane / 4, t = lane % 4;
+    if (Values::kExactKeys > 0 && exact_) {
+      add_exactly();
+      const float4* const sums = reinterpret_cast<const float4*>(warp_region());
+#pragma unroll
+      for (int i = 0; i < Config::kOutputs; i += 4) {
+        const float4 x = sums[i / 4 * kWarpSize + lane_];
+        o_[i] = x.x, o_[i + 1] = x.y, o_[i + 2] = x.z, o_[i + 3] = x.w;
+      }
+    }
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int within = warp_row_ + g + 8 * r, row = slot.row + within;
+      float l = quad_sum(l_[r]) * Values::kUnit, m = m_[r];
+      if (row >= mask.queries) {
+        l = 0.0f;
+        m = -INFINITY;
+      } else if (l != 0.0f && isnan(slot.q_scale[within])) {
+        l = NAN;
+      }
+      if (t == 0 && row < shape.queries) {
+        const int64_t at = (static_cast<int64_t>(mask.b) * shape.heads + mask.n) * shape.queries + row;
+        params_.l[at] = l;
+        params_.m[at] = m;
+        params_.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + params_.lse_shift[at];
+      }
+      factor[r] = l == 0.0f ? 0.0f : Values::kUnit / l;
+    }
+#pragma unroll
+    for (int i = 0; i < Config::kOutputs; ++i) {
+      const int r = i >> 1 & 1;
+      const float scale = slot.v_scale[i / 4 * 8 + 2 * t + (i & 1)];
+      o_[i] = factor[r] == 0.0f ? 0.0f : o_[i] * factor[r] * scale;
+    }
+    const int64_t first =
+        ((static_cast<int64_t>(mask.b) * shape.queries + slot.row + warp_row_) * shape.heads +
+         mask.n) * shape.head_dim;
+    store_rows(first, shape.queries - slot.row - warp_row_);
+  }
+
+  // The warp's outputs, half of the channels at a time, through shared memory: rows leave in whole
+  // 16-byte pieces. `first` is the element of its first row, of which `rows` exist.
+  __device__ __forceinline__ void store_rows(int64_t first, int rows) {
+    constexpr int kColumns = kHeadDim / 2, kPieces = kColumns / 8;
+    using Stage = SharedTile<16, 4 * kColumns>;
+    const int lane = ptx::opaque(lane_), g = lane / 4, t = lane % 4;  // addresses wait until now
+    const int64_t stride = static_cast<int64_t>(params_.shape.heads) * params_.shape.head_dim;
+    unsigned char* const stage = warp_region();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      __syncwarp();  // what lay there has been read
+#pragma unroll
+      for (int i = 0; i < Config::kOutputs / 2; i += 2) {
+        unsigned char* const at = stage + Stage::offset(g + (i >> 1 & 1) * 8, i / 4 * 2 + t / 2);
+        const float* const pair = o_ + half * (Config::kOutputs / 2) + i;
+        *reinterpret_cast<float2*>(at + t % 2 * 8) = make_float2(pair[0], pair[1]);
+      }
+      __syncwarp();
+      const int channels = params_.shape.head_dim - half * kColumns;  // that exist
+#pragma unroll 1
+      for (int i = lane; i < 16 * kPieces; i += kWarpSize) {
+        const int row = i / kPieces, piece = i % kPieces;
+        if (row >= rows || 8 * piece >= channels) continue;
+        const auto* const low = reinterpret_cast<const float4*>(stage + Stage::offset(row, 2 * piece));
+        const auto* const high =
+            reinterpret_cast<const float4*>(stage + Stage::offset(row, 2 * piece + 1));
+        store_eight(params_.out, params_.out_dtype, first + row * stride + half * kColumns + 8 * piece, *low,
+                    *high, channels - 8 * piece, params_.shape.head_dim % 8 == 0);
+      }
+    }
+    __syncwarp();
+  }
+
+  // All lanes of the warp have done with it.
+  __device__ __forceinline__ void release(int barrier) {
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(base_ + barrier);
+  }
+
+  __device__ __forceinline__ unsigned char* warp_region() {
+    return shared_ + Config::kWarpsAt + warp_row_ / 16 * Config::kWarpBytes;
+  }
+
+  const AttendParams& params_;
+  const float zero_;
+  unsigned char* const shared_;
+  const uint32_t base_, units_;  // where shared memory begins, in bytes and in 16-byte units
+  const int group_, lane_, warp_row_;
+  int stage_ = 0, next_stage_ = 0;  // of the tile at hand, and of the one after it
+  uint32_t phase_ = 0;              // of next_stage_
+  int slot_ = 0;
+  uint32_t slot_phase_ = 0;
+  uint32_t flags_ = 0;  // of the tile at hand
+  int s_[kScores];
+  float o_[Config::kOutputs];
+  uint32_t p0_[Config::kProbabilities], p1_[Config::kProbabilities];
+  float m_[2], l_[2], row_scale_[2], exact_m_[2];
+  int summed_ = 0;      // keys in o_
+  bool exact_ = false;  // there are sums in shared memory
+};
+
+// -------------------------------------------------------------------------------------------
+// kernel
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attention_fwd(const __grid_constant__ ForwardCall call) {
+  extern __shared__ __align__(1024) unsigned char tiles_first[];
+  unsigned char* const shared = tiles_first;
+  const uint32_t base = ptx::shared_address(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Config::kStages; ++i) {
+      ptx::mbarrier_init(base + Config::full(i), 1);
+      ptx::mbarrier_init(base + Config::k_empty(i), 4 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::v_empty(i), 4 * Config::kGroups);
+    }
+    for (int i = 0; i < Config::kSlots; ++i) {
+      ptx::mbarrier_init(base + Config::slot_full(i), 1);
+      ptx::mbarrier_init(base + Config::slot_empty(i), 4 * Config::kGroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
+  if (group == 0) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x < kWarpSize) Producer<Config>(call, shared).run();
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    Consumer<Config>(call, shared, group - 1).run();
+  }
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+// Query heads whose keys and values take about this much of the L2 cache.
+inline constexpr int64_t kGroupBytes = 16 << 20;
+
+template <class Config>
+const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
+  using Values = typename Config::Values;
+  const AttentionShape& s = params.shape;
+  const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
+  const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
+  if (planes == 0 || s.queries == 0) return nullptr;
+  ForwardCall call = {};
+  call.p = params;
+  call.zero = 0.0f;
+  call.row_blocks = (s.queries + Config::kRows - 1) / Config::kRows;
+  if (planes * call.row_blocks > INT32_MAX) {
+    return "batch · heads · query length needs more than 2^31 blocks; split the batch.";
+  }
+  call.items = static_cast<int>(planes * call.row_blocks);
+  const int64_t head_bytes =
+      static_cast<int64_t>(s.keys) * Config::kHeadDim * (1 + Values::kElementBytes);
+  const int64_t sharing = s.heads / s.kv_heads;
+  const int64_t fitting = (kGroupBytes / head_bytes + 1) * sharing;
+  call.group_heads = static_cast<int>(fitting < planes ? fitting : planes);
+
+  constexpr int kHeadDim = Config::kHeadDim;
+  const char* error = encode_tensor_map(
+      call.q, {params.q8, 1, kHeadDim, s.queries, planes, kHeadDim, Config::kRows});
+  if (error == nullptr) {
+    error = encode_tensor_map(call.k,
+                              {params.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, Config::kKeys});
+  }
+  if (error == nullptr) {
+    const int64_t padded_keys = static_cast<int64_t>(mask_tiles(s.keys)) * kTileKeys;
+    error = encode_tensor_map(
+        call.v, Values::kElementBytes == 1
+                    ? TensorMapSpec{params.v_pv, 1, padded_keys, kHeadDim, kv_planes, Config::kKeys,
+                                    kHeadDim}
+                    : TensorMapSpec{params.v_pv, 2, kHeadDim, s.keys, kv_planes, 64, Config::kKeys});
+  }
+  if (error != nullptr) return error;
+  const int blocks = multiprocessors() < call.items ? multiprocessors() : call.items;
+  return launch(attention_fwd<Config>, dim3(blocks), Config::kThreads, Config::kSharedBytes, stream,
+                call);
+}
+
+}  // namespace sage::sm90

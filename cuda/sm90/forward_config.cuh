@@ -1,0 +1,85 @@
+// Sizes, shared-memory map and barriers of the forward kernel of Hopper.
+#pragma once
+
+#include "common/params.h"
+#include "sm90/forward_stream.cuh"
+#include "sm90/forward_values.cuh"
+
+namespace sage::sm90 {
+
+template <class Values_, int kHeadDim_>
+struct ForwardConfig {
+  using Values = Values_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static_assert(kHeadDim == 64 || kHeadDim == 128, "accumulators of more do not fit registers");
+
+  static constexpr int kGroups = 2;  // consumer warpgroups, 64 rows each
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  // Scores, output and two tiles of probabilities lie in registers at the same time.
+  static constexpr int kKeys = Values::kElementBytes == 1 || kHeadDim == 64 ? 128 : 64;
+  static constexpr int kSlots = 2;  // row blocks under way
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kLaunchRegisters = 168;  // the most that kThreads leave to each
+  static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=
+                    (kGroups + 1) * kLaunchRegisters,
+                "a block has the registers that it was launched with");
+
+  static constexpr int kScores = kKeys / 2;      // of a thread
+  static constexpr int kOutputs = kHeadDim / 2;  // of a thread
+  static constexpr int kProbabilities = kKeys / 16 * Values::kRegisters;  // registers of a thread
+
+  // --------------------------------------------------------------------------- shared-memory map
+  // kSlots × Q tile [kRows][kHeadDim] s8 | kStages × K tile [kKeys][kHeadDim] s8 | kStages × V tile |
+  // a region a warp | notes of tiles | queue of notes | slots of row blocks | barriers
+  using Slot = WorkSlot<kRows, kHeadDim>;
+  static constexpr int kQueryBytes = kRows * kHeadDim;
+  static constexpr int kKeyBytes = kKeys * kHeadDim;
+  static constexpr int kValueBytes = kKeys * kHeadDim * Values::kElementBytes;
+  // What a warp adds up exactly: 16 rows of float32; later its outputs on their way to memory.
+  static constexpr int kWarpBytes = 16 * kHeadDim * (Values::kExactKeys > 0 ? 4 : 2);
+  static constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
+  static constexpr int kQueue = kWarpSize + 1;
+  static constexpr int kFixedBytes = kSlots * kQueryBytes + 4 * kGroups * kWarpBytes +
+                                     kQueue * static_cast<int>(sizeof(TileNote)) +
+                                     kSlots * static_cast<int>(sizeof(Slot) + 16);
+  static constexpr int kStageBytes =
+      kKeyBytes + kValueBytes + static_cast<int>(sizeof(TileNote)) + 3 * 8;
+  static constexpr int kMostStages = (kSharedLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
+  static_assert(kStages >= 3, "the pipeline needs room");
+  static constexpr int kKeysAt = kSlots * kQueryBytes;
+  static constexpr int kValuesAt = kKeysAt + kStages * kKeyBytes;
+  static constexpr int kWarpsAt = kValuesAt + kStages * kValueBytes;
+  static constexpr int kNotesAt = kWarpsAt + 4 * kGroups * kWarpBytes;
+  static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
+  static constexpr int kSlotsAt = kQueueAt + kQueue * static_cast<int>(sizeof(TileNote));
+  static constexpr int kBarriersAt = kSlotsAt + kSlots * static_cast<int>(sizeof(Slot));
+  static constexpr int kBarriers = 3 * kStages + 2 * kSlots;
+  static constexpr int kAlignment = 1024;  // of tiles, for the swizzle
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * kBarriers;
+  static_assert(kSharedBytes <= kSharedLimit, "see above");
+  static_assert(kKeyBytes % kAlignment == 0 && kValueBytes % kAlignment == 0 &&
+                    kQueryBytes % kAlignment == 0 && kBarriersAt % 8 == 0,
+                "alignment");
+
+  static __device__ int queries(int slot) { return slot * kQueryBytes; }
+  static __device__ int keys(int stage) { return kKeysAt + stage * kKeyBytes; }
+  static __device__ int values(int stage) { return kValuesAt + stage * kValueBytes; }
+  static __device__ TileNote* notes(unsigned char* shared) {
+    return reinterpret_cast<TileNote*>(shared + kNotesAt);
+  }
+  static __device__ TileNote* queue(unsigned char* shared) {
+    return reinterpret_cast<TileNote*>(shared + kQueueAt);
+  }
+  static __device__ Slot* slots(unsigned char* shared) {
+    return reinterpret_cast<Slot*>(shared + kSlotsAt);
+  }
+  static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
+  static __device__ int k_empty(int stage) { return full(stage) + 8 * kStages; }
+  static __device__ int v_empty(int stage) { return full(stage) + 16 * kStages; }
+  static __device__ int slot_full(int slot) { return kBarriersAt + 24 * kStages + 8 * slot; }
+  static __device__ int slot_empty(int slot) { return slot_full(slot) + 8 * kSlots; }
+};
+
+}  // namespace sage::sm90

@@ -1,0 +1,110 @@
+// From INT8 scores in wgmma accumulators to probabilities: masks, exponentials, sums.
+//
+// Lane 4g + t of a warp holds in s[4n], s[4n + 1] the scores of row g and keys 8n + 2t, 8n + 2t + 1, in
+// s[4n + 2], s[4n + 3] those of row g + 8. They are plain integers here, without the offset of
+// common/scale.cuh: wgmma starts from zero.
+#pragma once
+
+#include "common/mask.cuh"
+#include "common/scale.cuh"
+#include "common/tile.cuh"
+#include "ptx/math.cuh"
+
+namespace sage::sm90 {
+
+inline constexpr int kHidden = static_cast<int>(0xff800000u - 0x4b400000u);  // + kMagicBits: -inf
+
+// Replaces the scores that do not count by kHidden, and poisons the rows that see a bad key.
+// `query` is the row of s[4n], s[4n + 1]; that of s[4n + 2], s[4n + 3] is query + 8.
+template <int kHeadDim, int kScores>
+__device__ __forceinline__ void hide(int (&s)[kScores], const Mask& mask, int query, int key,
+                                     bool bad_keys, const unsigned char* tile, float (&l)[2]) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  // What bounds and window leave: one range a row.
+  int from[2];
+  uint32_t count[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = query + 8 * r;
+    const int low = max(0, i + mask.offset - mask.left);
+    const int high = i < mask.queries ? min(mask.keys - 1, i + mask.offset + mask.right) : -1;
+    count[r] = static_cast<uint32_t>(max(0, high - low + 1));
+    from[r] = key + 2 * t - low;
+  }
+  const auto in_range = [&](int i) {
+    const int r = i >> 1 & 1;
+    return static_cast<uint32_t>(from[r] + i / 4 * 8 + (i & 1)) < count[r];
+  };
+  if (!bad_keys && mask.q_seg == nullptr && mask.dense == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] = in_range(i) ? s[i] : kHidden;
+    return;
+  }
+#pragma unroll
+  for (int part = 0; part < kScores; part += 32) {
+    uint32_t seen = 0, bad = 0;
+#pragma unroll 1
+    for (int i = 31; i >= 0; --i) {
+      const int within = (part + i) / 4 * 8 + 2 * t + (i & 1), r = i >> 1 & 1;
+      bool counts = mask.visible(query + 8 * r, key + within);
+      if (counts && bad_keys) {
+        const auto code = static_cast<int8_t>(tile[SharedTile<8, kHeadDim>::offset(within, 0)]);
+        counts = code != kBadCode;
+        bad |= counts ? 0u : 1u << r;
+      }
+      seen = seen << 1 | (counts ? 1u : 0u);
+    }
+    if (bad & 1) l[0] = NAN;
+    if (bad & 2) l[1] = NAN;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) s[part + i] = seen >> i & 1 ? s[part + i] : kHidden;
+  }
+}
+
+// Probabilities of 16 keys at a time, in a pipeline: while the unit for exponentials works on some, the
+// arguments of the next are computed, and the ones before are summed and packed. e = 2^(score ·
+// multiplier + shift), whose shift takes the accumulators' offset away again: kMagic · multiplier, rounded,
+// is off by at most 0.75 units of the INT8 product, which itself is off by about 200.
+// `zero` makes arguments depend on earlier results, for ptxas: it computes all arguments first otherwise,
+// and leaves that unit alone with the rest.
+template <class Config>
+__device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores],
+                                             const float (&multiplier)[Config::kKeys / kTileKeys][2],
+                                             const float (&shift)[Config::kKeys / kTileKeys][2],
+                                             float zero, float (&l)[2],
+                                             uint32_t (&p)[Config::kProbabilities]) {
+  using Values = typename Config::Values;
+  constexpr int kChunks = Config::kKeys / 16;
+  float x[2][8], e[2][8] = {}, sum[2][2] = {};
+  const auto argue = [&](int c) {
+    const int h = c / 4;
+    float from[2] = {shift[h][0], shift[h][1]};
+    if (c > 1) {
+      from[0] = fmaf(e[c & 1][0], zero, from[0]);
+      from[1] = fmaf(e[c & 1][2], zero, from[1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int r = i >> 1 & 1;
+      x[c & 1][i] = fmaf(__int_as_float(scores[8 * c + i] + kMagicBits), multiplier[h][r], from[r]);
+    }
+  };
+  const auto finish = [&](int c) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i & 1][i >> 1 & 1] += e[c & 1][i];
+    Values::pack(p + Values::kRegisters * c, e[c & 1]);
+  };
+  argue(0);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (c + 1 < kChunks) argue(c + 1);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) e[c & 1][i] = ptx::ex2(x[c & 1][i]);
+    if (c > 0) finish(c - 1);
+  }
+  finish(kChunks - 1);
+  l[0] += sum[0][0] + sum[1][0];
+  l[1] += sum[0][1] + sum[1][1];
+}
+
+}  // namespace sage::sm90

@@ -1,0 +1,217 @@
+// The stream of work of a forward block: which rows it computes, which tiles of keys they see, and
+// the copies that bring both. One warp of the block, the producer, walks the stream ahead of the
+// consumers and writes down for each tile all that they need to know of it.
+#pragma once
+
+#include <cuda.h>
+
+#include "common/mask.cuh"
+#include "common/tile.cuh"
+#include "ptx/bulk_tensor.cuh"
+#include "ptx/mbarrier.cuh"
+
+namespace sage::sm90 {
+
+// Kernel parameter: the call, its tensor maps, and the order of the work.
+struct ForwardCall {
+  AttendParams p;
+  CUtensorMap q, k, v;
+  int row_blocks;   // of one head
+  int group_heads;  // query heads whose keys and values fit the L2 cache together
+  int items;        // row blocks of all heads
+  float zero;       // 0, which the compiler does not know: see forward_softmax.cuh
+};
+
+// One row block of one head. Heads go in groups, whose keys and values stay in the L2 cache; in a
+// group the last rows come first, because under a causal mask they see the most keys.
+struct WorkItem {
+  int b, n, row;
+
+  __device__ WorkItem(const ForwardCall& call, int item, int rows) {
+    const int heads = call.p.shape.heads, planes = call.p.shape.batch * heads;
+    const int group_items = call.group_heads * call.row_blocks;
+    const int first = item / group_items * call.group_heads, within = item % group_items;
+    const int size = min(call.group_heads, planes - first);
+    const int plane = first + within % size;
+    b = plane / heads;
+    n = plane % heads;
+    row = (call.row_blocks - 1 - within / size) * rows;
+  }
+};
+
+// What consumers need of a row block.
+template <int kRows, int kHeadDim>
+struct WorkSlot {
+  Mask mask;
+  int row;
+  float q_scale[kRows];
+  float v_scale[kHeadDim];
+};
+
+// What consumers need of a tile of keys.
+struct alignas(16) TileNote {
+  int key;         // its first
+  uint32_t flags;  // see below
+  float scale[2];  // of its groups of 64 keys
+};
+enum TileFlags : uint32_t {
+  kHide = 1,       // some query of the first 64 rows does not see some key; of the others: kHide << 1, ...
+  kBadKeys = 8,    // some key holds a NaN or Inf
+  kBegins = 16,    // first tile of its row block
+  kEnds = 32,      // last tile of its row block
+  kStop = 64,      // no tile: the stream has ended
+};
+
+// The producer. Config gives the shared-memory map and barriers (attention_fwd.cuh). It has few
+// registers: what it knows lies in shared memory.
+template <class Config>
+class Producer {
+ public:
+  __device__ Producer(const ForwardCall& call, unsigned char* shared)
+      : call_(call), shared_(shared), base_(ptx::shared_address(shared)) {}
+
+  __device__ void run() {
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    for (int turn = 0; turn * blocks < call_.items; ++turn) {
+      // There and back, so that a block with a long row block in one turn has a short one in the
+      // next.
+      const int item = turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
+      if (item < call_.items) row_block(item);
+    }
+    if (lane() == 0) emit({0, kStop, {0.0f, 0.0f}});
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+
+  __device__ void row_block(int item) {
+    using Slot = typename Config::Slot;
+    const AttendParams& p = call_.p;
+    const WorkItem work(call_, item, Config::kRows);
+    const int slot_index = count_ % Config::kSlots;
+    Slot& slot = Config::slots(shared_)[slot_index];
+    ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);
+    ++count_;
+    const int plane = work.b * p.shape.heads + work.n;
+    kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
+    if (lane() == 0) {
+      slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
+      slot.row = work.row;
+    }
+    const float* const q_scale = p.q_scale + static_cast<int64_t>(plane) * p.shape.queries + work.row;
+#pragma unroll 1
+    for (int i = lane(); i < Config::kRows; i += kWarpSize) {
+      slot.q_scale[i] = work.row + i < p.shape.queries ? q_scale[i] : 0.0f;
+    }
+    const float* const v_scale = p.v_scale + static_cast<int64_t>(kv_plane_) * Config::kHeadDim;
+#pragma unroll 1
+    for (int i = lane(); i < Config::kHeadDim; i += kWarpSize) slot.v_scale[i] = v_scale[i];
+    __syncwarp();
+    if (lane() == 0) {
+      const uint32_t full = base_ + Config::slot_full(slot_index);
+      ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);
+      ptx::cp_async_bulk_tensor_3d(base_ + Config::queries(slot_index), &call_.q, full, 0, work.row,
+                                   plane);
+    }
+    tiles(slot);
+  }
+
+  // The tiles that some row sees; at least one, so that rows that see nothing are written too. The
+  // lanes look at 32 tiles at once and queue notes of those that count; one is always held back,
+  // because the last has to say that it is.
+  __device__ void tiles(const typename Config::Slot& slot) {
+    TileNote* const queue = Config::queue(shared_);
+    int first, end, held = 0;
+    slot.mask.key_tiles(slot.row, slot.row + Config::kRows, Config::kKeys, first, end);
+    uint32_t begins = kBegins;
+#pragma unroll 1
+    for (int base = first; base < end; base += kWarpSize) {
+      TileNote note = {(base + lane()) * Config::kKeys, 0, {0.0f, 0.0f}};
+      const bool visible = base + lane() < end && look(slot, note);
+      const uint32_t seen = __ballot_sync(kFullWarp, visible);
+      if (visible) queue[held + __popc(seen & ((1u << lane()) - 1u))] = note;
+      __syncwarp();
+      const int count = held + __popc(seen);
+      if (lane() == 0) {
+#pragma unroll 1
+        for (int i = 0; i + 1 < count; ++i) {
+          TileNote next = queue[i];
+          next.flags |= begins;
+          emit(next);
+          begins = 0;
+        }
+        if (count > 1) queue[0] = queue[count - 1];
+      }
+      __syncwarp();
+      held = count > 0;
+    }
+    if (lane() == 0) {
+      TileNote last = {0, (kHide << Config::kGroups) - kHide, {0.0f, 0.0f}};
+      if (held) last = queue[0];
+      last.flags |= begins | kEnds;
+      emit(last);
+    }
+    __syncwarp();
+  }
+
+  // Whether a row sees a key of the tile; completes its note.
+  __device__ bool look(const typename Config::Slot& slot, TileNote& note) const {
+    bool visible = false;
+#pragma unroll 1
+    for (int i = 0; i < Config::kGroups * (Config::kKeys / kTileKeys); ++i) {
+      const int group = i % Config::kGroups, half = i / Config::kGroups;
+      const TileView view = slot.mask.view(slot.row + 64 * group, 64, note.key + kTileKeys * half);
+      visible = visible || view != TileView::kNothing;
+      if (view != TileView::kAll) note.flags |= kHide << group;
+    }
+    if (!visible) return false;
+    const int keys = call_.p.shape.keys;
+    const float* const scales =
+        call_.p.k_scale + static_cast<int64_t>(kv_plane_) * mask_tiles(keys) + note.key / kTileKeys;
+#pragma unroll
+    for (int half = 0; half < Config::kKeys / kTileKeys; ++half) {
+      const float x = note.key + half * kTileKeys < keys ? scales[half] : 0.0f;
+      if (x < 0.0f) note.flags |= kBadKeys | ((kHide << Config::kGroups) - kHide);
+      note.scale[half] = fabsf(x);
+    }
+    return true;
+  }
+
+  // Brings the keys of a tile together with the values of the one before, which are needed when it is.
+  __device__ void emit(const TileNote& note) {
+    const uint32_t full = base_ + Config::full(stage_);
+    const bool stops = note.flags & kStop;
+    ptx::mbarrier_wait(base_ + Config::k_empty(stage_), phase_ ^ 1);
+    Config::notes(shared_)[stage_] = note;
+    ptx::mbarrier_arrive_expect_tx(full, (stops ? 0 : Config::kKeyBytes) +
+                                             (value_plane_ < 0 ? 0 : Config::kValueBytes));
+    if (!stops) {
+      ptx::cp_async_bulk_tensor_3d(base_ + Config::keys(stage_), &call_.k, full, 0, note.key,
+                                   kv_plane_);
+    }
+    if (value_plane_ >= 0) {
+      const int stage = stage_ == 0 ? Config::kStages - 1 : stage_ - 1;
+      ptx::mbarrier_wait(base_ + Config::v_empty(stage), stage_ == 0 ? phase_ : phase_ ^ 1);
+      Config::Values::template copy<Config>(base_ + Config::values(stage), &call_.v, full, value_key_,
+                                            value_plane_);
+    }
+    value_key_ = note.key;
+    value_plane_ = kv_plane_;
+    if (++stage_ == Config::kStages) {
+      stage_ = 0;
+      phase_ ^= 1;
+    }
+  }
+
+  const ForwardCall& call_;
+  unsigned char* shared_;
+  uint32_t base_;
+  int count_ = 0;  // row blocks so far
+  int kv_plane_ = 0;
+  // Of lane 0 alone:
+  int stage_ = 0;
+  uint32_t phase_ = 0;
+  int value_key_ = 0, value_plane_ = -1;  // of the tile before, whose values are to be copied
+};
+
+}  // namespace sage::sm90

@@ -1,0 +1,101 @@
+// The product P·V on wgmma, one struct a format of V: how a tile of V is copied, how exponentials
+// become A operands in registers, and how they are multiplied.
+#pragma once
+
+#include "common/params.h"
+#include "common/softmax.cuh"
+#include "ptx/bulk_tensor.cuh"
+#include "ptx/cvt.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace sage::sm90 {
+
+// e4m3 P and V. V lies as [channels][keys], keys permuted inside groups of 16 so that accumulators of
+// scores are A operands as they stand (`pi` in docs/abi.md).
+struct E4m3Values {
+  static constexpr PvFormat kFormat = PvFormat::kE4m3;
+  static constexpr int kElementBytes = 1;
+  // Sums in the matrix unit keep about 14 bits and are cut off, not rounded: after this many keys
+  // they are added to float32 sums.
+    static constexpr int kExactKeys = 1024;
+  static constexpr int kRegisters = 2;  // of A, for 16 keys
+  static constexpr float kExponentBias = 8.0f;  // E·256
+  static constexpr float kUnit = 0x1p-8f;       // what undoes it
+
+  template <class Config>
+  static __device__ __forceinline__ void copy(uint32_t tile, const void* map, uint32_t barrier,
+                                              int key, int plane) {
+    static_assert(Config::kKeys == 64 || Config::kKeys == 128,
+                  "a row of a tile is as wide as the swizzle");
+    ptx::cp_async_bulk_tensor_3d(tile, map, barrier, key, 0, plane);
+  }
+
+  // The registers of 16 keys from their exponentials, e[4·n + c] of key group n.
+  static __device__ __forceinline__ void pack(uint32_t* a, const float* e) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t low = ptx::cvt_e4m3x2_f32(e[2 * i], e[2 * i + 1]);
+      const uint32_t high = ptx::cvt_e4m3x2_f32(e[4 + 2 * i], e[5 + 2 * i]);
+      a[i] = low | high << 16;
+    }
+  }
+
+  // `tile` in 16-byte units.
+  template <class Config>
+  static __device__ __forceinline__ void multiply(float (&o)[Config::kHeadDim / 2],
+                                                  const uint32_t* a, uint32_t tile, int accumulate) {
+#pragma unroll
+    for (int step = 0; step < Config::kKeys / 32; ++step) {
+      const uint64_t b = ptx::shared_operand<Config::kKeys, 0, 8 * Config::kKeys>(tile + 2 * step);
+      ptx::wgmma_m64k32_f32_e4m3(o, a + 4 * step, b, step == 0 ? accumulate : 1);
+    }
+  }
+};
+
+// P and V in 16 bits, V as [keys][channels].
+template <PvFormat kFormat_>
+struct HalfValues {
+  static constexpr PvFormat kFormat = kFormat_;
+  static constexpr int kElementBytes = 2;
+  static constexpr int kExactKeys = 0;  // float32 sums in the matrix unit
+  static constexpr int kRegisters = 4;  // of A, for 16 keys
+  static constexpr float kExponentBias = 0.0f;
+  static constexpr float kUnit = 1.0f;
+  static constexpr int kBoxColumns = 64;  // channels: 128 bytes, the width of the swizzle
+
+  template <class Config>
+  static __device__ __forceinline__ void copy(uint32_t tile, const void* map, uint32_t barrier,
+                                              int key, int plane) {
+#pragma unroll
+    for (int box = 0; box < Config::kHeadDim / kBoxColumns; ++box) {
+      ptx::cp_async_bulk_tensor_3d(tile + box * Config::kKeys * 128, map, barrier,
+                                   box * kBoxColumns, key, plane);
+    }
+  }
+
+  // The registers of 16 keys from their exponentials.
+  static __device__ __forceinline__ void pack(uint32_t* a, const float* e) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[i] = kFormat == PvFormat::kF16 ? ptx::cvt_f16x2_f32(e[2 * i], e[2 * i + 1])
+                                       : ptx::cvt_bf16x2_f32(e[2 * i], e[2 * i + 1]);
+    }
+  }
+
+  template <class Config>
+  static __device__ __forceinline__ void multiply(float (&o)[Config::kHeadDim / 2],
+                                                  const uint32_t* a, uint32_t tile, int accumulate) {
+#pragma unroll
+    for (int step = 0; step < Config::kKeys / 16; ++step) {
+      const uint64_t b = ptx::shared_operand<128, Config::kKeys * 128, 1024>(tile + 128 * step);
+      const int sum = step == 0 ? accumulate : 1;
+      if constexpr (kFormat == PvFormat::kF16) {
+        ptx::wgmma_m64k16_f32_f16(o, a + 4 * step, b, sum);
+      } else {
+        ptx::wgmma_m64k16_f32_bf16(o, a + 4 * step, b, sum);
+      }
+    }
+  }
+};
+
+}  // namespace sage::sm90
