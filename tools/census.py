@@ -26,7 +26,21 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARCHS = "80;89;90a;120a"
-MAX_REGISTERS = 255
+# (kernel, registers, why): what a kernel may use, the first match counting. A matrix kernel has its multiprocessor to
+# itself and may use all that an instruction can name.
+WARPGROUP_REGISTERS = 168  # x 384 threads is the file; setmaxnreg hands out exactly that
+BUDGETS = (
+    ("*256*", 128, "512 threads a block"),
+    ("mask_summary*", 40, "latency is hidden by warps"),
+    ("clear_maxima", 16, "latency is hidden by warps"),
+    ("tile_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("reduce_statistics", 64, "a block of 1024 threads"),
+    ("key_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("query_terms*", 160, "one block of 256 threads and half of another's memory latency"),
+    ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
+)
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 # Spills that are known and not yet removed: (architecture, kernel, bytes of stack), `*` stands for anything. Entries may
 # only shrink or go: every other kernel must spill nothing. Those that matter for speed are head dimensions 64 and 128.
@@ -57,27 +71,47 @@ class Kernel:
     instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     @property
+    def warpgroups(self) -> bool:
+        """Whether it was written for warpgroup-level matrix products: its configuration says so, not its code."""
+        return self.arch == "90a" and re.match(r"\w+<\w+ (E4m3Values|HalfValues|\d+>)", self.name) is not None
+
+    @property
     def spills(self) -> int:
         return self.instructions["STL"] + self.instructions["LDL"]
 
 
+TOKEN = re.compile(r"S\d*_|L[bij](?P<literal>\d+)E|(?P<enum>L)(?=N|\d)|(?P<length>\d+)|.")
+
+
 def short_name(mangled: str) -> str:
     """A kernel's name with its configuration, from the mangled one: backward_dq<DqConfig Train8 DpInt8 E4m3Native 128>."""
-    parts = []
-    for match in re.finditer(r"Lb([01])E|Li(\d+)E|(?<![A-Za-z])(\d+)(?=[A-Za-z_])", mangled):
-        if match[1] or match[2]:
-            parts.append(match[1] or match[2])
-        elif match[3]:
-            start, length = match.end(), int(match[3])
-            parts.append(mangled[start : start + length])
-    skip = ("sage", "sm80", "sm89", "BackwardCall", "AttendParams", "AttentionShape", "GLOBAL")
-    parts = [p for p in parts if not p.startswith(("_GLOBAL", "_INTERNAL")) and p not in skip]
-    return f"{parts[0]}<{' '.join(parts[1:])}>" if parts[1:] else (parts or [mangled])[0]
+    parts, at, enum = [], 0, False
+    while at < len(mangled):
+        if enum and parts and (value := re.compile(r"E(\d+)E").match(mangled, at)):
+            parts.append(value[1])  # of an enumeration: its type's name comes before
+            at, enum = value.end(), False
+            continue
+        match = TOKEN.match(mangled, at)
+        at = match.end()
+        if match["literal"]:
+            parts.append(match["literal"])
+        elif match["length"] and int(match["length"]):
+            end = at + int(match["length"])
+            parts.append(mangled[at:end])
+            at = end
+        enum = enum or bool(match["enum"])
+    scopes = ("sage", "sm80", "sm89", "sm90", "AttentionShape")
+    skip = lambda part: part in scopes or part.startswith("_") or part.endswith(("Call", "Params"))  # noqa: E731
+    parts = [p for p in parts if not skip(p)] or [mangled]
+    return f"{parts[0]}<{' '.join(parts[1:])}>" if parts[1:] else parts[0]
 
 
 def expected(kernel: Kernel) -> list[tuple[str, str]]:
     """(opcode, reason) of what the kernel's machine code must contain."""
     name, arch = kernel.name, int(re.match(r"\d+", kernel.arch)[0])
+    if kernel.warpgroups:
+        values = "HGMMA" if "HalfValues" in name else "QGMMA"
+        return [("IGMMA", "INT8 products"), (values, "floating products"), ("UTMALDG", "tensor copies"), ("USETMAXREG", "register redistribution")]
     wanted = []
     if name.startswith(("attention_fwd", "backward_d")):
         wanted += [("IMMA", "INT8 scores"), ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
@@ -93,6 +127,21 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
         else:
             wanted += [("QMMA", "P·V in e4m3")]
     return wanted
+
+
+def _is_matrix_kernel(kernel: Kernel) -> bool:
+    return kernel.name.startswith(("attention_fwd", "backward_d"))
+
+
+def _warpgroup_violations(k: Kernel, where: str) -> list[str]:
+    found = []
+    if k.registers != WARPGROUP_REGISTERS:
+        found.append(f"{where} starts with {k.registers} registers, but setmaxnreg reckons with {WARPGROUP_REGISTERS}.")
+    products = sum(k.instructions[opcode] for opcode in ("IGMMA", "QGMMA", "HGMMA"))
+    waits = k.instructions["WARPGROUP.DEPBAR"]
+    if waits >= products:  # ptxas could not keep accumulators in flight, and waits for every product
+        found.append(f"{where} has been serialised: {waits} waits for {products} matrix products.")
+    return found
 
 
 def violations(kernels: list[Kernel]) -> list[str]:
@@ -111,8 +160,14 @@ def violations(kernels: list[Kernel]) -> list[str]:
                 f"{where} spills: {k.spills} local loads and stores, a stack frame of {k.stack} bytes; "
                 "lower its registers (fewer values alive in the loop) or its blocks per multiprocessor."
             )
-        if k.registers > MAX_REGISTERS:
-            found.append(f"{where} uses {k.registers} registers, more than {MAX_REGISTERS}.")
+        if k.warpgroups:
+            found += _warpgroup_violations(k, where)
+        elif not _is_matrix_kernel(k):
+            budget, why = next(((r, w) for name, r, w in BUDGETS if fnmatch.fnmatchcase(k.name, name)), (0, ""))
+            if not budget:
+                found.append(f"{where} has no budget of registers; give it one in BUDGETS.")
+            elif k.registers > budget:
+                found.append(f"{where} uses {k.registers} registers, more than {budget} ({why}).")
         for opcode, reason in expected(k):
             if not k.instructions[opcode]:
                 found.append(f"{where} has no {opcode} instruction ({reason}).")
@@ -121,7 +176,7 @@ def violations(kernels: list[Kernel]) -> list[str]:
 
 OPCODE = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"
-    r"(IMMA|QMMA|HMMA|LDSM|LDGSTS|STL|LDL|MUFU|I2F\w*|BAR|WARPSYNC)\b"
+    r"(IMMA|QMMA|HMMA|IGMMA|QGMMA|HGMMA|WARPGROUP\.\w+|UTMALDG|USETMAXREG|LDSM|LDGSTS|STL|LDL|MUFU)\b"
 )
 
 
@@ -223,7 +278,7 @@ def _available(name: str) -> bool:
 
 
 def table(kernels: list[Kernel]) -> str:
-    columns = ("IMMA", "QMMA", "HMMA", "LDSM", "LDGSTS", "MUFU")
+    columns = ("IMMA", "QMMA", "HMMA", "IGMMA", "QGMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "MUFU")
     width = max(len(k.name) for k in kernels)
     head = f"{'kernel':{width}} {'arch':>5} {'regs':>5} {'stack':>5} {'spills':>6}"
     lines = [head + "".join(f"{c:>7}" for c in columns)]

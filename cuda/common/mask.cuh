@@ -100,11 +100,12 @@ struct Mask {
     }
   }
 
-  __device__ bool visible(int i, int j) const {
+  // `dense_offset`: from the dense mask of this head to that of another, in elements.
+  __device__ bool visible(int i, int j, int64_t dense_offset = 0) const {
     const int diagonal = j - i - offset;
     if (i >= queries || j >= keys || diagonal < -left || diagonal > right) return false;
     if (q_seg != nullptr && q_seg[i] != kv_seg[j]) return false;
-    return dense == nullptr || dense[i * stride_t + j * stride_s] != 0;
+    return dense == nullptr || dense[dense_offset + i * stride_t + j * stride_s] != 0;
   }
 
   // Tiles of `tile` keys, [first, end), that bounds and window leave to queries [begin, end).
@@ -130,8 +131,9 @@ struct Mask {
   }
 
   // What queries [query, query + rows) see of keys [key, key + kMaskTile); `key` is a multiple of
-  // 64. Queries past the valid ones are ignored: their results are overwritten.
-  __device__ TileView view(int query, int rows, int key) const {
+  // 64. Queries past the valid ones are ignored: their results are overwritten. `state_offset`: from
+  // the summary of this head's dense mask to that of another.
+  __device__ TileView view(int query, int rows, int key, int64_t state_offset = 0) const {
     const int last = min(query + rows, queries) - 1;
     if (query > last || key >= keys) return TileView::kNothing;
     const int key_last = min(key + kMaskTile, keys) - 1;
@@ -156,7 +158,7 @@ struct Mask {
       bool nothing = true;
 #pragma unroll 1
       for (int row = query / kMaskTile; row <= last / kMaskTile; ++row) {
-        const uint8_t s = state[static_cast<int64_t>(row) * state_stride_t +
+        const uint8_t s = state[state_offset + static_cast<int64_t>(row) * state_stride_t +
                                 static_cast<int64_t>(column) * state_stride_s];
         nothing = nothing && s == static_cast<uint8_t>(TileView::kNothing);
         all = all && s == static_cast<uint8_t>(TileView::kAll);

@@ -16,6 +16,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t shared, const v
       : "memory");
 }
 
+// Copies `bytes` neighbouring bytes, a multiple of 16; both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* global, uint32_t bytes,
+                                              uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }

@@ -150,6 +150,14 @@ __device__ __forceinline__ bool whole_token(bool condition) {
   return (failing >> (lane / kThreadsPerToken * kThreadsPerToken) & mine) == 0;
 }
 
+// Sum over `kLanes` neighbouring lanes.
+template <int kLanes>
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+
 // Maximum over `kLanes` neighbouring lanes.
 template <int kLanes>
 __device__ __forceinline__ float lanes_max(float x) {
@@ -185,5 +193,39 @@ __device__ __forceinline__ uint2 int8_codes(const float (&x)[kChannels], float i
   };
   return make_uint2(four(code), four(code + 4));
 }
+
+// Eight values as f16 or bf16, lowest channel first.
+__device__ __forceinline__ uint4 halves(const float (&x)[kChannels], bool bf16) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float low = x[2 * i], high = x[2 * i + 1];
+    words[i] = bf16 ? bf16_bits(low) | static_cast<uint32_t>(bf16_bits(high)) << 16
+                    : f16_bits(low) | static_cast<uint32_t>(f16_bits(high)) << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// A tile of V's codes on its way to [channels][tokens]: words of four tokens, 16-byte chunks
+// swizzled so that neighbouring threads, eight channels apart, write to different banks.
+template <int kHeadDim>
+struct TransposedTile {
+  alignas(16) uint32_t words[kHeadDim][kTileKeys / 4];
+
+  static __device__ int chunk(int channel, int chunk) { return chunk ^ (channel / kChannels & 3); }
+
+  __device__ uint32_t& word(int channel, int index) {
+    return words[channel][chunk(channel, index / 4) * 4 + index % 4];
+  }
+
+  // Copies the tile to columns [column, column + 64) of a matrix of rows `stride` bytes apart.
+  __device__ void store(uint8_t* out, int64_t stride) const {
+    for (int i = static_cast<int>(threadIdx.x); i < kHeadDim * 4; i += 2 * kHeadDim) {
+      const uint32_t* from = &words[i / 4][chunk(i / 4, i % 4) * 4];
+      *reinterpret_cast<uint4*>(out + i / 4 * stride + i % 4 * 16) =
+          make_uint4(from[0], from[1], from[2], from[3]);
+    }
+  }
+};
 
 }  // namespace sage

@@ -10,11 +10,13 @@ namespace sage {
 const char* prepare_backward(const BackwardCall& params, Stream stream);
 
 // dq, dk, dv (and, for exact_delta, first D) from the filled workspace: the same numbers, by matrix
-// units that multiply e4m3 (sm_89 and sm_120), that unpack it to f16 by one instruction (sm_90), or
-// that need bit operations for it (sm_80, sm_86).
+// units that multiply e4m3 (sm_89 and sm_120; sm_90 a warpgroup at a time), that unpack it to f16 by
+// one instruction (sm_90, a warp at a time), or that need bit operations for it (sm_80, sm_86).
 const char* train8_gradients_sm80(const BackwardCall& params, Stream stream);
 const char* train8_gradients_sm89(const BackwardCall& params, Stream stream);
 const char* train8_gradients_sm90(const BackwardCall& params, Stream stream);
+const char* train8_gradients_sm90_mma(const BackwardCall& params, Stream stream);
+const char* train8_delta_sm90(const BackwardCall& params, Stream stream);  // D alone, INT8 dO·Vᵀ
 const char* sagebwd_gradients_sm80(const BackwardCall& params, Stream stream);
 
 }  // namespace sage

@@ -1,391 +1,471 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
 //   clear_maxima      zeroes the maxima                                             (train8)
-//   key_statistics    largest |V_j| of each head and largest |K̂| of each channel    (train8)
+//   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
 //   query_terms       per query: D = dO·O, r, 1/l, dO as INT8 codes or bf16; maxima of x and y
 //   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter.
 //
-// Requirements: sm_80. Memory bound; nothing here depends on the values of other tokens but the
-// maxima, so every block is independent.
+// Requirements: sm_80. Memory bound: a block of 2·Hp threads reads 64 tokens at once, eight channels of
+// four tokens a thread (quantize/rows.cuh), before it uses the first. Nothing here depends on the values
+// of other tokens but the maxima, so every block is independent.
 #include <cmath>
 
 #include "common/launch.h"
 #include "common/scale.cuh"
 #include "common/tile.cuh"
-#include "numerics/bf16.h"
-#include "numerics/e4m3.h"
-#include "numerics/f16.h"
-#include "numerics/int8.h"
+#include "quantize/rows.cuh"
 #include "sm80/backward.h"
 #include "sm80/backward_workspace.h"
 
 namespace sage {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kTile = 64;          // tokens of a block
-constexpr int kMaxChannels = 256;  // of a head
-constexpr int kLaneChannels = kMaxChannels / kWarpSize;
+constexpr int kTile = 64;           // tokens at once
+constexpr int kPerThread = kTile / 16;
+constexpr int kTilesPerBlock = 4;   // of the launches that take maxima: each ends in atomics
+constexpr int kClearThreads = 256;
 constexpr float kSmallestR = 0x1p-100f;  // below, 1/r could overflow: such rows carry no gradient
 
-struct Place {  // of a block: a tile of 64 tokens of one head
-  int tile, head, batch;
+// Block `block` of a launch with one for each head and `count` places. Heads come first: blocks at work
+// at the same time read whole rows of memory.
+struct Place {
+  int index, head, batch;
+  int64_t plane;
+  __device__ Place(int block, int count, int heads)
+      : index(block / heads % count),
+        head(block % heads),
+        batch(block / heads / count),
+        plane(static_cast<int64_t>(batch) * heads + head) {}
 };
 
-__device__ Place place(int tiles, int heads) {
-  const unsigned rest = blockIdx.x / tiles;
-  return {static_cast<int>(blockIdx.x % tiles), static_cast<int>(rest % heads),
-          static_cast<int>(rest / heads)};
-}
-
-__device__ float load(const void* base, Dtype type, int64_t index) {
-  switch (type) {
-    case Dtype::kBf16: return bf16_value(static_cast<const uint16_t*>(base)[index]);
-    case Dtype::kF16: return f16_value(static_cast<const uint16_t*>(base)[index]);
-    default: return static_cast<const float*>(base)[index];
+// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory.
+template <int kHeadDim>
+__device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
+                                             const float (&largest)[kChannels], uint32_t* out) {
+  using Rows = RowBlock<kHeadDim>;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    atomicMax(&shared[Rows::channel() + c], float_bits(largest[c]));
+  }
+  __syncthreads();
+  for (int c = static_cast<int>(threadIdx.x); c < kHeadDim; c += Rows::kThreads) {
+    if (shared[c] != 0) atomicMax(out + c, shared[c]);
   }
 }
 
-__device__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-  return x;
-}
-
-__device__ float warp_max(float x) {
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  return x;
-}
-
-// ‖x‖ of channels spread over the warp. Squares are taken relative to the largest entry, so that
-// those of tiny values do not underflow; NaN if any entry is not finite.
-__device__ float warp_norm(const float (&x)[kLaneChannels]) {
-  float largest = 0.0f, sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) largest = fmaxf(largest, fabsf(x[i]));
-  largest = warp_max(largest);
+// ‖x‖ of channels spread over neighbouring lanes. Squares are taken relative to the largest entry, so
+// that those of tiny values do not underflow; NaN if any entry is not finite.
+template <int kLanes>
+__device__ __forceinline__ float norm(const float (&x)[kChannels], float largest) {
   const float inverse = largest < 0x1p-110f ? 0.0f : 1.0f / largest;
+  float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) sum = fmaf(x[i] * inverse, x[i] * inverse, sum);
-  return largest * sqrtf(warp_sum(sum));
+  for (int c = 0; c < kChannels; ++c) sum = fmaf(x[c] * inverse, x[c] * inverse, sum);
+  return largest * sqrtf(lanes_sum<kLanes>(sum));
 }
 
-__global__ void __launch_bounds__(kThreads) clear_maxima(const BackwardCall p) {
+// Eight INT8 codes as floats.
+__device__ __forceinline__ void unpack_codes(float (&x)[kChannels], uint2 codes) {
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    x[c] = static_cast<float>(static_cast<int8_t>((c < 4 ? codes.x : codes.y) >> (8 * (c % 4))));
+  }
+}
+
+__device__ __forceinline__ uint2 load_codes(const int8_t* codes) {
+  return *reinterpret_cast<const uint2*>(codes);
+}
+
+// ------------------------------------------------------------------------------------------- maxima
+
+__global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall p) {
   const BackwardWorkspace& w = p.w;
   const int64_t heads = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kClearThreads + threadIdx.x;
   if (i < 3 * heads * p.shape.padded_dim + heads) w.x_max[i] = 0;
 }
 
-__device__ float key_code(const BackwardCall& p, int64_t row, int channel) {
-  const int8_t* codes = p.k8 + row * p.shape.padded_dim;
-  return codes[0] == kBadCode ? 0.0f : static_cast<float>(codes[channel]);
-}
-
-__global__ void __launch_bounds__(kThreads) key_statistics(const BackwardCall p) {
-  __shared__ uint32_t channel_max[kMaxChannels];
+template <int kHeadDim>
+__global__ void __launch_bounds__(2 * kHeadDim) key_statistics(const BackwardCall p) {
+  using Rows = RowBlock<kHeadDim>;
+  __shared__ uint32_t channel_max[kHeadDim];
+  __shared__ float norms[Rows::kThreads / kWarpSize];
   const AttentionShape& s = p.shape;
-  const int tiles = tiles_of(s.keys), dim = s.padded_dim;
-  const Place at = place(tiles, s.kv_heads);
-  const BackwardWorkspace& w = p.w;
-  const int64_t head = static_cast<int64_t>(at.batch) * s.kv_heads + at.head;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const float k_scale = fabsf(p.k_scale[head * tiles + at.tile]);
-  const float v_scale = p.dp == DpFormat::kInt8 ? p.v_dp_scale[head * tiles + at.tile] : 1.0f;
-  for (int c = threadIdx.x; c < dim; c += kThreads) channel_max[c] = 0;
+  const int tiles = tiles_of(s.keys);
+  const Place at(static_cast<int>(blockIdx.x), (tiles + kTilesPerBlock - 1) / kTilesPerBlock,
+                 s.kv_heads);
+  const int channel = Rows::channel();
+  for (int c = static_cast<int>(threadIdx.x); c < kHeadDim; c += Rows::kThreads) channel_max[c] = 0;
   __syncthreads();
 
-  float k_max[kLaneChannels] = {};
-  float norm_max = 0.0f;
-  for (int j = at.tile * kTile + warp; j < min(s.keys, (at.tile + 1) * kTile); j += kWarps) {
-    const int64_t row = head * s.keys + j;
-    float v[kLaneChannels] = {};
+  float largest[kChannels] = {}, norm_max = 0.0f;
+#pragma unroll 1
+  for (int tile = at.index * kTilesPerBlock; tile < min(tiles, (at.index + 1) * kTilesPerBlock);
+       ++tile) {
+    const float k_scale = fabsf(p.k_scale[at.plane * tiles + tile]);
+    const bool codes = p.dp == DpFormat::kInt8;
+    const float v_scale = codes ? p.v_dp_scale[at.plane * tiles + tile] : 1.0f;
+    uint2 k[kPerThread], v8[kPerThread];
+    Piece<Dtype::kBf16> v16[kPerThread];
+    bool bad[kPerThread];
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      const int c = lane + i * kWarpSize;
-      if (c >= dim) break;
-      v[i] = p.dp == DpFormat::kInt8
-                 ? static_cast<const int8_t*>(p.v_dp)[row * dim + c] * v_scale
-                 : bf16_value(static_cast<const uint16_t*>(p.v_dp)[row * dim + c]);
-      k_max[i] = fmaxf(k_max[i], fabsf(key_code(p, row, c)));
+    for (int i = 0; i < kPerThread; ++i) {
+      const int key = tile * kTile + Rows::row() + 16 * i;
+      k[i] = v8[i] = make_uint2(0, 0);
+      bad[i] = false;
+      if (key >= s.keys) continue;
+      const int64_t row = (at.plane * s.keys + key) * kHeadDim;
+      k[i] = load_codes(p.k8 + row + channel);
+      bad[i] = p.k8[row] == kBadCode;
+      if (codes) {
+        v8[i] = load_codes(static_cast<const int8_t*>(p.v_dp) + row + channel);
+      } else {
+        v16[i].load(p.v_dp, Dtype::kBf16, row, channel, kHeadDim);
+      }
     }
-    norm_max = fmaxf(norm_max, warp_norm(v));
-  }
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) {
-    const int c = lane + i * kWarpSize;
-    if (c < dim) atomicMax(&channel_max[c], float_bits(k_max[i] * k_scale));
+    for (int i = 0; i < kPerThread; ++i) {
+      float x[kChannels];
+      unpack_codes(x, k[i]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        largest[c] = fmaxf(largest[c], bad[i] ? 0.0f : fabsf(x[c]) * k_scale);
+      }
+      if (codes) {
+        unpack_codes(x, v8[i]);
+      } else {
+        v16[i].unpack(x);
+      }
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) x[c] *= v_scale;
+      const float top = lanes_max<Rows::kThreadsPerToken>(largest_magnitude(x));
+      norm_max = fmaxf(norm_max, norm<Rows::kThreadsPerToken>(x, top));
+    }
   }
-  if (lane == 0) atomicMax(&w.v_max[head], float_bits(norm_max));
-  __syncthreads();
-  for (int c = threadIdx.x; c < dim; c += kThreads) {
-    atomicMax(&w.z_max[head * dim + c], channel_max[c]);
-  }
+  norm_max = block_max<Rows::kThreads>(norm_max, norms);
+  if (threadIdx.x == 0) atomicMax(p.w.v_max + at.plane, float_bits(norm_max));
+  store_maxima<kHeadDim>(channel_max, largest, p.w.z_max + at.plane * kHeadDim);
 }
 
-// The per-query part: QueryTerms, row_factor, dO's codes.
-__global__ void __launch_bounds__(kThreads, 2) query_terms(const BackwardCall p) {
-  __shared__ uint32_t channel_max[2][kMaxChannels];
+// ---------------------------------------------------------------------------------------- per query
+
+// QueryTerms, row_factor, dO's codes.
+template <int kHeadDim, class Piece>
+__global__ void __launch_bounds__(2 * kHeadDim) query_terms(const BackwardCall p) {
+  using Rows = RowBlock<kHeadDim>;
+  constexpr int kLanes = Rows::kThreadsPerToken;
+  constexpr int kAtOnce = kHeadDim == 256 ? 2 : 4;  // tokens a thread: 512 threads have 128 registers
+  __shared__ uint32_t channel_max[2][kHeadDim];
   const AttentionShape& s = p.shape;
   const bool train8 = p.backward == Backward::kTrain8;
-  const int tiles = tiles_of(s.queries), dim = s.padded_dim;
-  const Place at = place(tiles, s.heads);
+  const int tiles = tiles_of(s.queries);
+  const Place at(static_cast<int>(blockIdx.x), (tiles + kTilesPerBlock - 1) / kTilesPerBlock,
+                 s.heads);
   const BackwardWorkspace& w = p.w;
-  const int64_t head = static_cast<int64_t>(at.batch) * s.heads + at.head;
-  const int64_t kv_head = static_cast<int64_t>(at.batch) * s.kv_heads +
-                          at.head / (s.heads / s.kv_heads);
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  for (int c = threadIdx.x; c < 2 * kMaxChannels; c += kThreads) {
-    channel_max[c / kMaxChannels][c % kMaxChannels] = 0;
+  const int64_t kv_plane =
+      static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
+  const int channel = Rows::channel();
+  for (int c = static_cast<int>(threadIdx.x); c < 2 * kHeadDim; c += Rows::kThreads) {
+    channel_max[c / kHeadDim][c % kHeadDim] = 0;
   }
   __syncthreads();
 
-  const float v_norm = train8 ? bits_float(w.v_max[kv_head]) : 0.0f;
+  const float v_norm = train8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
   const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
-  float x_max[kLaneChannels] = {}, y_max[kLaneChannels] = {};
-  for (int n = warp; n < kTile; n += kWarps) {
-    const int query = at.tile * kTile + n;
-    const int64_t padded_row = head * tiles * kTile + query;
-    const int64_t row = head * s.queries + query;
-    const bool inside = query < s.queries;
-    const float l = inside ? p.l[row] : 0.0f;
-    const bool live = l != 0.0f;  // a NaN is live: it must reach the gradients
-    const float dlse = live ? p.dlse[row] : 0.0f;
-
-    float d_out[kLaneChannels];
-    float dot = 0.0f, largest = 0.0f;
-    const int64_t token = ((static_cast<int64_t>(at.batch) * s.queries + query) * s.heads + at.head) *
-                          s.head_dim;
+  const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
+  const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
+  float x_max[kChannels] = {}, y_max[kChannels] = {};
+#pragma unroll 1
+  for (int first = at.index * kTilesPerBlock * kTile;
+       first < min(tiles, (at.index + 1) * kTilesPerBlock) * kTile; first += 16 * kAtOnce) {
+    Piece d_out[kAtOnce], out[kAtOnce];
+    uint2 q[kAtOnce];
+    float l[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      const int c = lane + i * kWarpSize;
-      d_out[i] = 0.0f;
-      if (live && c < s.head_dim) {
-        d_out[i] = load(p.dout, p.out_dtype, token + c);
-        dot = fmaf(d_out[i], load(p.out, p.out_dtype, token + c), dot);
-        largest = fmaxf(largest, fabsf(d_out[i]));
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int query = first + Rows::row() + 16 * i;
+      const int64_t row = at.plane * s.queries + query;
+      l[i] = 0.0f;
+      q[i] = make_uint2(0, 0);
+      if (query >= s.queries) continue;
+      l[i] = p.l[row];
+      d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
+      out[i].load(p.out, p.out_dtype, head_at + query * stride, channel, s.head_dim);
+      q[i] = load_codes(p.q8 + row * kHeadDim + channel);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int query = first + Rows::row() + 16 * i;
+      const int64_t row = at.plane * s.queries + query;
+      const int64_t padded_row = at.plane * tiles * kTile + query;
+      const bool inside = query < s.queries;
+      const bool live = l[i] != 0.0f;  // a NaN is live: it must reach the gradients
+      const float dlse = live ? p.dlse[row] : 0.0f;
+      float x[kChannels], o[kChannels], dot = 0.0f;
+      d_out[i].unpack(x);
+      out[i].unpack(o);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        x[c] = live ? x[c] : 0.0f;
+        dot = live ? fmaf(x[c], o[c], dot) : 0.0f;
       }
-    }
-    dot = warp_sum(dot);
-    const float norm = warp_norm(d_out);
-    largest = warp_max(largest);
-    const float q_scale = inside ? p.q_scale[row] : 0.0f;
-    const float delta = (p.exact_delta ? 0.0f : dot) - dlse;
-    // One NaN or Inf in dO, O, Q or a key that this query sees: all it contributes is NaN.
-    const bool sound = is_finite(norm + dot + l + q_scale + dlse);
-    const float poison = sound ? 0.0f : NAN;
-    const float inverse_l = live && sound ? 1.0f / l : 0.0f;
+      dot = lanes_sum<kLanes>(dot);
+      const float largest = lanes_max<kLanes>(largest_magnitude(x));
+      const float length = norm<kLanes>(x, largest);
+      const float q_scale = inside ? p.q_scale[row] : 0.0f;
+      const float delta = (p.exact_delta ? 0.0f : dot) - dlse;
+      // One NaN or Inf in dO, O, Q or a key that this query sees: all it contributes is NaN.
+      const bool sound = is_finite(length + dot + l[i] + q_scale + dlse);
+      const float poison = sound ? 0.0f : NAN;
+      const float inverse_l = live && sound ? 1.0f / l[i] : 0.0f;
 
-    QueryTerms terms = {q_scale * (p.scale * kLog2E), 0.0f, inverse_l, -delta * inverse_l};
-    float row_factor = p.scale;
-    GroupScale codes = {1.0f, 1.0f};
-    if (train8) {
-      if (p.dp == DpFormat::kInt8) codes = group_scale(sound ? largest : 0.0f, 127.0f);
-      const float r = norm_factor * norm * v_norm + fabsf(dlse);
-      const float inverse_r = r > kSmallestR ? 1.0f / r : 0.0f;
-      const float y_factor = sound ? q_scale * (r * inverse_l) : 0.0f;
-      terms.gain = codes.scale * inverse_r;
-      terms.offset = -delta * inverse_r;
-      row_factor = p.scale * (1.0f / 256.0f) * (r * inverse_l);
+      QueryTerms terms = {q_scale * (p.scale * kLog2E), 0.0f, inverse_l, -delta * inverse_l};
+      float row_factor = p.scale;
+      GroupScale codes = {1.0f, 1.0f};
+      if (train8) {
+        if (p.dp == DpFormat::kInt8) codes = group_scale(sound ? largest : 0.0f, 127.0f);
+        const float r = norm_factor * length * v_norm + fabsf(dlse);
+        const float inverse_r = r > kSmallestR ? 1.0f / r : 0.0f;
+        const float y_factor = sound ? q_scale * (r * inverse_l) : 0.0f;
+        terms.gain = codes.scale * inverse_r;
+        terms.offset = -delta * inverse_r;
+        row_factor = p.scale * (1.0f / 256.0f) * (r * inverse_l);
+        if (live && sound) {
+          float code[kChannels];
+          unpack_codes(code, q[i]);
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) {
-        const int c = lane + i * kWarpSize;
-        if (!live || !sound || c >= dim) continue;
-        x_max[i] = fmaxf(x_max[i], fabsf(d_out[i] * inverse_l));
-        y_max[i] = fmaxf(y_max[i], fabsf(static_cast<float>(p.q8[row * dim + c]) * y_factor));
+          for (int c = 0; c < kChannels; ++c) {
+            x_max[c] = fmaxf(x_max[c], fabsf(x[c] * inverse_l));
+            y_max[c] = fmaxf(y_max[c], fabsf(code[c] * y_factor));
+          }
+        }
       }
-    }
-    if (!live) {
-      terms = {0.0f, -INFINITY, 0.0f, 0.0f};
-      row_factor = 0.0f;
-    } else {
-      terms.shift = (train8 ? 8.0f : 0.0f) - p.m[row] + poison;
-      row_factor += poison;
-      if (!sound) terms.score = terms.gain = terms.offset = 0.0f;
-    }
-    if (lane == 0) {
-      w.terms[padded_row] = terms;
-      w.row_factor[padded_row] = row_factor;
-    }
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) {
-      const int c = lane + i * kWarpSize;
-      if (c >= dim) break;
-      const float value = sound ? d_out[i] : 0.0f;
-      if (p.dp == DpFormat::kInt8) {
-        static_cast<int8_t*>(w.d_out)[padded_row * dim + c] =
-            static_cast<int8_t>(int8_code(value, codes.inverse));
+      if (!live) {
+        terms = {0.0f, -INFINITY, 0.0f, 0.0f};
+        row_factor = 0.0f;
       } else {
-        static_cast<uint16_t*>(w.d_out)[padded_row * dim + c] = bf16_bits(value);
+        terms.shift = (train8 ? 8.0f : 0.0f) - p.m[row] + poison;
+        row_factor += poison;
+        if (!sound) terms.score = terms.gain = terms.offset = 0.0f;
+      }
+      if (channel == 0) {
+        w.terms[padded_row] = terms;
+        w.row_factor[padded_row] = row_factor;
+      }
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) x[c] = sound ? x[c] : 0.0f;
+      if (p.dp == DpFormat::kInt8) {
+        *reinterpret_cast<uint2*>(static_cast<int8_t*>(w.d_out) + padded_row * kHeadDim + channel) =
+            int8_codes(x, codes.inverse);
+      } else {
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(w.d_out) + padded_row * kHeadDim + channel) =
+            halves(x, true);
       }
     }
   }
   if (!train8) return;
+  store_maxima<kHeadDim>(channel_max[0], x_max, w.x_max + kv_plane * kHeadDim);
+  store_maxima<kHeadDim>(channel_max[1], y_max, w.y_max + kv_plane * kHeadDim);
+}
+
+// ------------------------------------------------------------------------------------------ operands
+
+// The thread's four tokens of a tile: those that `pi` stores as one word of a channel (docs/abi.md,
+// "Rounding"): 2q, 2q + 1, 8 + 2q, 9 + 2q of a group of 16.
+template <class Rows>
+__device__ __forceinline__ int permuted_token(int i) {
+  return Rows::row() / 4 * 16 + Rows::row() % 4 * 2 + i % 2 + i / 2 * 8;
+}
+
+// The scales' inverses of a thread's e4m3 channels.
+__device__ __forceinline__ void load_inverses(float (&inverse)[kChannels], const uint32_t* maxima) {
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) {
-    const int c = lane + i * kWarpSize;
-    if (c >= dim) break;
-    atomicMax(&channel_max[0][c], float_bits(x_max[i]));
-    atomicMax(&channel_max[1][c], float_bits(y_max[i]));
+  for (int c = 0; c < kChannels; ++c) inverse[c] = group_scale(bits_float(maxima[c]), 448.0f).inverse;
+}
+
+// One tile of x, y or z: values in y[token][channel], to be multiplied by the channel's factor.
+template <int kHeadDim>
+__device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged, bool train8,
+                                              const float (&y)[kPerThread][kChannels],
+                                              const float (&factor)[kChannels], uint8_t* out,
+                                              int64_t tokens) {
+  using Rows = RowBlock<kHeadDim>;
+  __syncthreads();  // what was staged before has been read
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    uint32_t word = 0;
+    if (train8) {
+      word = ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], factor[c]), __fmul_rn(y[1][c], factor[c]),
+                                 __fmul_rn(y[2][c], factor[c]), __fmul_rn(y[3][c], factor[c]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], factor[c]))) << (8 * i);
+      }
+    }
+    staged.word(Rows::channel() + c, Rows::row()) = word;
   }
   __syncthreads();
-  for (int c = threadIdx.x; c < dim; c += kThreads) {
-    atomicMax(&w.x_max[kv_head * dim + c], channel_max[0][c]);
-    atomicMax(&w.y_max[kv_head * dim + c], channel_max[1][c]);
-  }
-}
-
-// Stored position p of a group of 16 tokens holds token pi[p] (docs/abi.md, "Rounding").
-__device__ int permuted(int position) {
-  return position / 4 * 2 + (position & 1) + (position & 2) * 4;
-}
-
-// 16 codes of one channel, one token group, written at once.
-struct alignas(16) Codes16 {
-  uint8_t code[16];
-};
-
-__device__ Codes16* transposed_slot(uint8_t* base, int64_t head, int dim, int c, int64_t tokens,
-                                    int tile, int group) {
-  return reinterpret_cast<Codes16*>(base + (head * dim + c) * tokens + tile * kTile + group * 16);
+  staged.store(out, tokens);
 }
 
 // x and y of one tile of 64 queries.
-__device__ void query_operands(const BackwardCall& p, Place at) {
+template <int kHeadDim, class Piece>
+__device__ void query_operands(const BackwardCall& p, const Place& at,
+                               TransposedTile<kHeadDim>& staged) {
+  using Rows = RowBlock<kHeadDim>;
+  __shared__ float scratch[2][Rows::kThreads / kWarpSize];
   const BackwardWorkspace& w = p.w;
-  __shared__ float l_inverse[kTile], y_factor[kTile];
-  __shared__ float amax[kWarps], q_scales[kTile];
   const AttentionShape& s = p.shape;
   const bool train8 = p.backward == Backward::kTrain8;
-  const int tiles = tiles_of(s.queries), dim = s.padded_dim;
-  const int64_t head = static_cast<int64_t>(at.batch) * s.heads + at.head;
-  const int64_t kv_head = static_cast<int64_t>(at.batch) * s.kv_heads +
-                          at.head / (s.heads / s.kv_heads);
-  const int first = at.tile * kTile;
-  const int count = min(kTile, s.queries - first);
-  const int64_t token0 = ((static_cast<int64_t>(at.batch) * s.queries + first) * s.heads + at.head) *
-                         s.head_dim;
-  const int64_t token_stride = static_cast<int64_t>(s.heads) * s.head_dim;
+  const int tiles = tiles_of(s.queries), first = at.index * kTile, channel = Rows::channel();
+  const int64_t kv_plane =
+      static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
+  const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
+  const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
 
-  // A query whose shift is not finite is dead (−inf) or poisoned (NaN): zero codes.
-  if (threadIdx.x < kTile) {
-    const int n = threadIdx.x;
-    const int64_t padded_row = head * tiles * kTile + first + n;
-    const bool counts = n < count && is_finite(w.terms[padded_row].shift);
-    q_scales[n] = counts ? p.q_scale[head * s.queries + first + n] : 0.0f;
-    l_inverse[n] = counts ? 1.0f / p.l[head * s.queries + first + n] : 0.0f;
-    y_factor[n] =
-        counts ? q_scales[n] * (w.row_factor[padded_row] / (p.scale * (1.0f / 256.0f))) : 0.0f;
-  }
-  __syncthreads();
-
-  float d_out_inverse = 0.0f;
-  if (!train8) {  // dO as one INT8 group
-    float largest = 0.0f;
-    for (int i = threadIdx.x; i < count * s.head_dim; i += kThreads) {
-      const int n = i / s.head_dim;
-      const float x = load(p.dout, p.out_dtype, token0 + n * token_stride + i % s.head_dim);
-      if (l_inverse[n] != 0.0f) largest = fmaxf(largest, fabsf(x));
-    }
-    largest = warp_max(largest);
-    if (threadIdx.x % kWarpSize == 0) amax[threadIdx.x / kWarpSize] = largest;
-    __syncthreads();
-    for (int i = 0; i < kWarps; ++i) largest = fmaxf(largest, amax[i]);
-    const GroupScale codes = group_scale(largest, 127.0f);
-    d_out_inverse = codes.inverse;
-    float q_scale = 0.0f;  // all sound tokens of the tile share one
-    for (int n = 0; n < kTile; ++n) q_scale = fmaxf(q_scale, q_scales[n]);
-    if (threadIdx.x == 0) w.scales[head * tiles + at.tile] = {codes.scale, q_scale};
-  }
-
-  for (int i = threadIdx.x; i < dim * (kTile / 16); i += kThreads) {
-    const int c = i % dim, group = i / dim;
-    float x_inverse = 0.0f, y_inverse = 0.0f;
-    if (train8) {
-      x_inverse = group_scale(bits_float(w.x_max[kv_head * dim + c]), 448.0f).inverse;
-      y_inverse = group_scale(bits_float(w.y_max[kv_head * dim + c]), 448.0f).inverse;
-    }
-    Codes16 x, y;
+  Piece d_out[kPerThread];
+  uint2 q[kPerThread];
+  float inverse_l[kPerThread], q_scale[kPerThread], y_factor[kPerThread];
 #pragma unroll
-    for (int position = 0; position < 16; ++position) {
-      const int n = group * 16 + permuted(position);
-      const bool counts = n < count && l_inverse[n] != 0.0f;
-      const float d_out = counts && c < s.head_dim
-                              ? load(p.dout, p.out_dtype, token0 + n * token_stride + c) : 0.0f;
-      const int q = counts ? p.q8[(head * s.queries + first + n) * dim + c] : 0;
-      if (train8) {
-        x.code[position] = e4m3_code(d_out * l_inverse[n] * x_inverse);
-        y.code[position] = e4m3_code(static_cast<float>(q) * y_factor[n] * y_inverse);
-      } else {
-        x.code[position] = static_cast<uint8_t>(int8_code(d_out, d_out_inverse));
-        y.code[position] = static_cast<uint8_t>(q);
+  for (int i = 0; i < kPerThread; ++i) {
+    const int query = first + permuted_token<Rows>(i);
+    const int64_t row = at.plane * s.queries + query;
+    const int64_t padded_row = at.plane * tiles * kTile + query;
+    // A query whose shift is not finite is dead (−inf) or poisoned (NaN): zero codes.
+    const bool counts = query < s.queries && is_finite(w.terms[padded_row].shift);
+    inverse_l[i] = q_scale[i] = y_factor[i] = 0.0f;
+    q[i] = make_uint2(0, 0);
+    if (!counts) continue;
+    d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
+    q[i] = load_codes(p.q8 + row * kHeadDim + channel);
+    inverse_l[i] = 1.0f / p.l[row];
+    q_scale[i] = p.q_scale[row];
+    y_factor[i] = q_scale[i] * (w.row_factor[padded_row] / (p.scale * (1.0f / 256.0f)));
+  }
+  float x[kPerThread][kChannels], y[kPerThread][kChannels];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    d_out[i].unpack(x[i]);
+    unpack_codes(y[i], q[i]);
+  }
+  float x_inverse[kChannels], y_inverse[kChannels];
+  if (train8) {
+    load_inverses(x_inverse, w.x_max + kv_plane * kHeadDim + channel);
+    load_inverses(y_inverse, w.y_max + kv_plane * kHeadDim + channel);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        x[i][c] *= inverse_l[i];
+        y[i][c] *= y_factor[i];
       }
     }
-    const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-    *transposed_slot(w.x, head, dim, c, tokens, at.tile, group) = x;
-    *transposed_slot(w.y, head, dim, c, tokens, at.tile, group) = y;
+  } else {  // dO as one INT8 group; Q's codes, which share a scale, as they are
+    float largest = 0.0f, scale = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      largest = fmaxf(largest, largest_magnitude(x[i]));
+      scale = fmaxf(scale, q_scale[i]);
+    }
+    const GroupScale codes = group_scale(block_max<Rows::kThreads>(largest, scratch[0]), 127.0f);
+    scale = block_max<Rows::kThreads>(scale, scratch[1]);
+    if (threadIdx.x == 0) w.scales[at.plane * tiles + at.index] = {codes.scale, scale};
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      x_inverse[c] = codes.inverse;
+      y_inverse[c] = 1.0f;
+    }
   }
+  const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
+  const int64_t out = at.plane * kHeadDim * tokens + first;
+  store_operand<kHeadDim>(staged, train8, x, x_inverse, w.x + out, tokens);
+  store_operand<kHeadDim>(staged, train8, y, y_inverse, w.y + out, tokens);
 }
 
 // z of one tile of 64 keys.
-__device__ void key_operands(const BackwardCall& p, Place at) {
-  const BackwardWorkspace& w = p.w;
+template <int kHeadDim>
+__device__ void key_operands(const BackwardCall& p, const Place& at,
+                             TransposedTile<kHeadDim>& staged) {
+  using Rows = RowBlock<kHeadDim>;
   const AttentionShape& s = p.shape;
   const bool train8 = p.backward == Backward::kTrain8;
-  const int tiles = tiles_of(s.keys), dim = s.padded_dim;
-  const int64_t head = static_cast<int64_t>(at.batch) * s.kv_heads + at.head;
-  const int first = at.tile * kTile;
-  const int count = min(kTile, s.keys - first);
-  const float k_scale = fabsf(p.k_scale[head * tiles + at.tile]);
-  for (int i = threadIdx.x; i < dim * (kTile / 16); i += kThreads) {
-    const int c = i % dim, group = i / dim;
-    const float inverse =
-        train8 ? group_scale(bits_float(w.z_max[head * dim + c]), 448.0f).inverse : 0.0f;
-    Codes16 z;
+  const int tiles = tiles_of(s.keys), first = at.index * kTile, channel = Rows::channel();
+  const float k_scale = train8 ? fabsf(p.k_scale[at.plane * tiles + at.index]) : 1.0f;
+  uint2 k[kPerThread];
 #pragma unroll
-    for (int position = 0; position < 16; ++position) {
-      const int n = group * 16 + permuted(position);
-      const float code = n < count ? key_code(p, head * s.keys + first + n, c) : 0.0f;
-      z.code[position] = train8 ? e4m3_code(code * k_scale * inverse)
-                                : static_cast<uint8_t>(static_cast<int8_t>(code));
-    }
-    *transposed_slot(w.z, head, dim, c, static_cast<int64_t>(tiles) * kTile, at.tile, group) = z;
+  for (int i = 0; i < kPerThread; ++i) {
+    const int key = first + permuted_token<Rows>(i);
+    const int64_t row = (at.plane * s.keys + key) * kHeadDim;
+    k[i] = make_uint2(0, 0);
+    if (key < s.keys && p.k8[row] != kBadCode) k[i] = load_codes(p.k8 + row + channel);
   }
+  float z[kPerThread][kChannels], inverse[kChannels];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    unpack_codes(z[i], k[i]);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) z[i][c] *= k_scale;
+  }
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) inverse[c] = 1.0f;
+  if (train8) load_inverses(inverse, p.w.z_max + at.plane * kHeadDim + channel);
+  const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
+  store_operand<kHeadDim>(staged, train8, z, inverse, p.w.z + at.plane * kHeadDim * tokens + first,
+                          tokens);
 }
 
 // Blocks below `query_blocks` make x and y, the others z.
-__global__ void __launch_bounds__(kThreads) gradient_operands(const BackwardCall p) {
+template <int kHeadDim, class Piece>
+__global__ void __launch_bounds__(2 * kHeadDim) gradient_operands(const BackwardCall p) {
+  __shared__ TransposedTile<kHeadDim> staged;
   const AttentionShape& s = p.shape;
   const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
-  const unsigned query_blocks = static_cast<unsigned>(q_tiles) * s.heads * s.batch;
-  if (blockIdx.x < query_blocks) {
-    query_operands(p, place(q_tiles, s.heads));
+  const int query_blocks = q_tiles * s.heads * s.batch, block = static_cast<int>(blockIdx.x);
+  if (block < query_blocks) {
+    query_operands<kHeadDim, Piece>(p, Place(block, q_tiles, s.heads), staged);
   } else {
-    const unsigned index = blockIdx.x - query_blocks, rest = index / kv_tiles;
-    key_operands(p,
-                 {static_cast<int>(index % kv_tiles), static_cast<int>(rest % s.kv_heads),
-                  static_cast<int>(rest / s.kv_heads)});
+    key_operands<kHeadDim>(p, Place(block - query_blocks, kv_tiles, s.kv_heads), staged);
   }
+}
+
+template <int kHeadDim, class Piece>
+const char* start(const BackwardCall& p, Stream stream) {
+  const AttentionShape& s = p.shape;
+  const auto blocks = [](int tiles, int heads, int batch, int per_block) {
+    return static_cast<unsigned>((tiles + per_block - 1) / per_block) * heads * batch;
+  };
+  const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
+  const int64_t maxima = static_cast<int64_t>(s.batch) * s.kv_heads * (3 * s.padded_dim + 1);
+  const char* error = nullptr;
+  const auto run = [&](void (*kernel)(BackwardCall), unsigned count, int threads) {
+    if (error == nullptr) error = launch(kernel, count, threads, 0, stream, p);
+  };
+  constexpr int kThreads = 2 * kHeadDim;
+  if (p.backward == Backward::kTrain8) {  // sagebwd's scales are found tile by tile
+    run(clear_maxima, blocks_for(maxima, kClearThreads), kClearThreads);
+    run(key_statistics<kHeadDim>, blocks(kv_tiles, s.kv_heads, s.batch, kTilesPerBlock), kThreads);
+  }
+  run(query_terms<kHeadDim, Piece>, blocks(q_tiles, s.heads, s.batch, kTilesPerBlock), kThreads);
+  run(gradient_operands<kHeadDim, Piece>,
+      blocks(q_tiles, s.heads, s.batch, 1) + blocks(kv_tiles, s.kv_heads, s.batch, 1), kThreads);
+  return error;
 }
 
 }  // namespace
 
 const char* prepare_backward(const BackwardCall& p, Stream stream) {
-  const AttentionShape& s = p.shape;
-  const unsigned q_blocks = static_cast<unsigned>(tiles_of(s.queries)) * s.heads * s.batch;
-  const unsigned kv_blocks = static_cast<unsigned>(tiles_of(s.keys)) * s.kv_heads * s.batch;
-  const int64_t maxima = static_cast<int64_t>(s.batch) * s.kv_heads * (3 * s.padded_dim + 1);
-  const char* error = nullptr;
-  const auto run = [&](void (*kernel)(BackwardCall), unsigned blocks) {
-    if (error == nullptr) error = launch(kernel, blocks, kThreads, 0, stream, p);
-  };
-  if (p.backward == Backward::kTrain8) {  // sagebwd's scales are found tile by tile
-    run(clear_maxima, blocks_for(maxima, kThreads));
-    run(key_statistics, kv_blocks);
-  }
-  run(query_terms, q_blocks);
-  run(gradient_operands, q_blocks + kv_blocks);
-  return error;
+  return with_pieces(p.out_dtype, p.out_dtype, p.shape.head_dim, [&](auto piece) {
+    using P = decltype(piece);
+    switch (p.shape.padded_dim) {
+      case 64:
+        return start<64, P>(p, stream);
+      case 128:
+        return start<128, P>(p, stream);
+      default:
+        return start<256, P>(p, stream);
+    }
+  });
 }
 
 }  // namespace sage

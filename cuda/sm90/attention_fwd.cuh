@@ -12,7 +12,6 @@
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/softmax.cuh"
-#include "common/store.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
@@ -21,6 +20,7 @@
 #include "sm90/forward_softmax.cuh"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
+#include "sm90/store_rows.cuh"
 #include "sm90/tensor_map.h"
 
 namespace sage::sm90 {
@@ -295,40 +295,9 @@ class Consumer {
     const int64_t first =
         ((static_cast<int64_t>(mask.b) * shape.queries + slot.row + warp_row_) * shape.heads +
          mask.n) * shape.head_dim;
-    store_rows(first, shape.queries - slot.row - warp_row_);
-  }
-
-  // The warp's outputs, half of the channels at a time, through shared memory: rows leave in whole
-  // 16-byte pieces. `first` is the element of its first row, of which `rows` exist.
-  __device__ __forceinline__ void store_rows(int64_t first, int rows) {
-    constexpr int kColumns = kHeadDim / 2, kPieces = kColumns / 8;
-    using Stage = SharedTile<16, 4 * kColumns>;
-    const int lane = ptx::opaque(lane_), g = lane / 4, t = lane % 4;  // addresses wait until now
-    const int64_t stride = static_cast<int64_t>(params_.shape.heads) * params_.shape.head_dim;
-    unsigned char* const stage = warp_region();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      __syncwarp();  // what lay there has been read
-#pragma unroll
-      for (int i = 0; i < Config::kOutputs / 2; i += 2) {
-        unsigned char* const at = stage + Stage::offset(g + (i >> 1 & 1) * 8, i / 4 * 2 + t / 2);
-        const float* const pair = o_ + half * (Config::kOutputs / 2) + i;
-        *reinterpret_cast<float2*>(at + t % 2 * 8) = make_float2(pair[0], pair[1]);
-      }
-      __syncwarp();
-      const int channels = params_.shape.head_dim - half * kColumns;  // that exist
-#pragma unroll 1
-      for (int i = lane; i < 16 * kPieces; i += kWarpSize) {
-        const int row = i / kPieces, piece = i % kPieces;
-        if (row >= rows || 8 * piece >= channels) continue;
-        const auto* const low = reinterpret_cast<const float4*>(stage + Stage::offset(row, 2 * piece));
-        const auto* const high =
-            reinterpret_cast<const float4*>(stage + Stage::offset(row, 2 * piece + 1));
-        store_eight(params_.out, params_.out_dtype, first + row * stride + half * kColumns + 8 * piece, *low,
-                    *high, channels - 8 * piece, params_.shape.head_dim % 8 == 0);
-      }
-    }
-    __syncwarp();
+    const int rows = shape.queries - slot.row - warp_row_;
+    store_rows<kHeadDim>(warp_region(), o_, params_.out, params_.out_dtype, first, rows,
+                         static_cast<int64_t>(shape.heads) * shape.head_dim, shape.head_dim);
   }
 
   // All lanes of the warp have done with it.
@@ -391,12 +360,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
 // Query heads whose keys and values take about this much of the L2 cache.
 inline constexpr int64_t kGroupBytes = 16 << 20;
 

@@ -1,10 +1,10 @@
-// Stands for sm90/backward_train8.cu in builds without sm_90.
+// Stands for sm90/backward_train8.cu in builds without sm_90a.
 #include "sm80/backward.h"
 
 namespace sage {
 
 const char* train8_gradients_sm90(const BackwardCall& params, Stream stream) {
-  return train8_gradients_sm80(params, stream);
+  return train8_gradients_sm90_mma(params, stream);
 }
 
 }  // namespace sage

@@ -9,6 +9,14 @@
 
 namespace sage::sm90 {
 
+// The number of multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // A dense tensor of `elements` bytes wide entries, [planes][rows][columns], taken in boxes of
 // box_rows × box_columns that are swizzled to rows of `box_columns · element_bytes` (64 or 128)
 // bytes. Rows of the tensor are a multiple of 16 bytes.

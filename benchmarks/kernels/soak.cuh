@@ -1,0 +1,146 @@
+// Random problems, every kind of mask and ragged shapes included, through the kernels that the device
+// would get and through the portable ones.
+#pragma once
+#include "problem.cuh"
+
+namespace sage::bench {
+
+// A random problem; every kind of mask comes up.
+struct Random {
+  std::mt19937 engine;
+  explicit Random(unsigned seed) : engine(seed) {}
+  int below(int n) { return static_cast<int>(engine() % static_cast<unsigned>(n)); }
+  bool coin(int odds = 2) { return below(odds) == 0; }
+};
+
+inline int soak(const Options& o) {
+  int failures = 0;
+  double worst = 0, worst_gradient = 0;
+  for (int number = o.first; number < o.first + o.problems; ++number) {
+    Random random(o.seed * 1000003u + static_cast<unsigned>(number));
+    AttentionShape s;
+    s.batch = 1 + random.below(3);
+    s.kv_heads = 1 + random.below(3);
+    s.heads = s.kv_heads * (1 + random.below(3));
+    const int longest = random.coin(4) ? 3000 : 600;
+    s.queries = 1 + random.below(longest);
+    s.keys = 1 + random.below(longest);
+    s.head_dim = random.coin() ? 64 << random.below(2) : 1 + random.below(128);
+    s.padded_dim = s.head_dim <= 64 ? 64 : 128;
+    const PvFormat formats[] = {PvFormat::kE4m3, PvFormat::kE4m3, PvFormat::kF16, PvFormat::kBf16};
+    const float sigmas[] = {1.0f, 1.0f, 3.0f, 10.0f};
+    const PvFormat pv = formats[random.below(4)];
+    const float sigma = sigmas[random.below(4)];
+    Problem p(s, pv, o.seed + 31u * static_cast<unsigned>(number), sigma);
+    const bool lengths = random.coin(), segments = random.coin(3), dense = random.coin(3);
+    std::vector<int32_t> bounds;
+    const bool bottom_right = random.coin();
+    for (int b = 0; b < s.batch; ++b) {
+      const int queries = lengths ? random.below(s.queries + 1) : s.queries;
+      const int keys = lengths ? random.below(s.keys + 1) : s.keys;
+      bounds.insert(bounds.end(), {queries, keys, bottom_right ? keys - queries : 0});
+    }
+    p.bounds.upload(bounds);
+    if (random.coin()) p.masks.window_right = random.coin() ? 0 : random.below(300);
+    if (random.coin(3)) p.masks.window_left = random.below(300);
+    if (segments) {
+      const auto ids = [&](int tokens) {
+        std::vector<int32_t> x;
+        for (int b = 0; b < s.batch; ++b) {
+          int id = random.below(2);
+          for (int i = 0; i < tokens; ++i) x.push_back(id += random.below(120) == 0);
+        }
+        return x;
+      };
+      const auto q_ids = ids(s.queries), kv_ids = ids(s.keys);
+      p.q_seg = Buffer<int32_t>(q_ids.size());
+      p.kv_seg = Buffer<int32_t>(kv_ids.size());
+      p.q_seg.upload(q_ids);
+      p.kv_seg.upload(kv_ids);
+      p.masks.q_seg = p.q_seg.data;
+      p.masks.kv_seg = p.kv_seg.data;
+    }
+    if (dense) {
+      const int full[4] = {s.batch, s.heads, s.queries, s.keys};
+      int64_t stride = 1;
+      for (int n = 3; n >= 0; --n) {
+        const int size = n < 2 && random.coin() ? 1 : full[n];
+        p.masks.mask_sizes[n] = size;
+        p.masks.mask_strides[n] = size == 1 ? 0 : stride;
+        stride *= size;
+      }
+      std::vector<uint8_t> entries(static_cast<size_t>(stride));
+      const int odds = 1 + random.below(8);
+      for (auto& x : entries) x = random.below(odds) == 0 || odds == 8;
+      p.mask = Buffer<uint8_t>(entries.size());
+      p.mask.upload(entries);
+      p.masks.mask = p.mask.data;
+    }
+    p.workspace = Buffer<uint8_t>(mask_workspace_bytes(s, p.masks));
+    const bool poison = random.coin(5);
+    if (poison) {
+      const uint16_t nan = 0x7fc0;
+      for (auto* x : {&p.q, &p.k, &p.v}) {
+        cudaMemcpy(x->data + random.below(static_cast<int>(x->count)), &nan, 2,
+                   cudaMemcpyHostToDevice);
+      }
+    }
+    const bool gradients = pv == PvFormat::kE4m3;
+    p.quantize_keys(gradients);
+    p.quantize_queries();
+    Problem::Result ours(s), portable(s), again(s);
+    check(attend(p.params(ours, Dtype::kF32, false), nullptr));
+    check(attend(p.params(again, Dtype::kF32, false), nullptr));
+    check(attend(p.params(portable, Dtype::kF32, true), nullptr));
+    check(cudaDeviceSynchronize(), "attend");
+    const Difference out = compare(ours.out, portable.out), lse = compare(ours.lse, portable.lse);
+    const Difference m = compare(ours.m, portable.m), l = compare(ours.l, portable.l);
+    const auto first = ours.out.download(), second = again.out.download();
+    const bool repeats = memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0;
+    // e4m3 sums keep about 14 bits, and tiles of 128 keys round early probabilities otherwise.
+    const double bound = pv == PvFormat::kE4m3 ? 2.5e-2 : 5e-3;
+    bool good_gradients = true;
+    if (gradients) {
+      Gradients mine(p, o.seed + 7u), theirs(p, o.seed + 7u);
+      const bool exact = random.coin(4);
+      for (Gradients* g : {&mine, &theirs}) {
+        AttendParams forward = p.params(portable, Dtype::kBf16, true);
+        forward.out = g->out.data;
+        check(attend(forward, nullptr));
+        check(attend_backward(g->params(p, portable, g == &theirs, exact, Dtype::kF32), nullptr));
+      }
+      check(cudaDeviceSynchronize(), "attend_backward");
+      const Difference dq = compare(mine.dq, theirs.dq), dk = compare(mine.dk, theirs.dk);
+      const Difference dv = compare(mine.dv, theirs.dv);
+      // Codes near a rounding boundary differ, and sums keep 14 bits. Where a softmax is all but one key
+      // (sigma 10), the wgmma kernels' rounding of a score's exponent, at most 0.75 units of its INT8
+      // product, is what is left of a gradient that nearly cancels.
+      const double limit = sigma > 3.0f ? 3e-2 : 1e-2;
+      good_gradients = std::max({dq.relative, dk.relative, dv.relative}) < limit &&
+                       dq.odd + dk.odd + dv.odd == 0;
+      worst_gradient = std::max({worst_gradient, dq.relative, dk.relative, dv.relative});
+      if (!good_gradients) {
+        printf("gradients of problem %d: dq %.2e dk %.2e dv %.2e, %g %g %g odd entries\n", number,
+               dq.relative, dk.relative, dv.relative, dq.odd, dk.odd, dv.odd);
+      }
+    }
+    const bool good = good_gradients && out.relative < bound && lse.relative < 1e-4 && m.relative < 1e-6 &&
+                      l.relative < 5e-3 && out.odd + lse.odd + m.odd + l.odd == 0 && repeats;
+    worst = std::max(worst, out.relative);
+    if (!good) {
+      ++failures;
+      printf("problem %d: B %d T %d S %d N %d K %d H %d pv %d lengths %d segments %d dense %d "
+             "window %d %d poison %d: out %.2e lse %.2e m %.2e l %.2e, %g %g %g %g odd entries%s\n",
+             number, s.batch, s.queries, s.keys, s.heads, s.kv_heads, s.head_dim,
+             static_cast<int>(pv), lengths, segments, dense, p.masks.window_left,
+             p.masks.window_right, poison, out.relative, lse.relative, m.relative, l.relative,
+             out.odd, lse.odd, m.odd, l.odd, repeats ? "" : ", results move between runs");
+      fflush(stdout);
+    }
+  }
+  printf("%d problems, %d failures; largest relative differences: out %.2e, gradients %.2e\n",
+         o.problems, failures, worst, worst_gradient);
+  return failures > 0;
+}
+
+}  // namespace sage::bench

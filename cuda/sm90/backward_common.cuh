@@ -1,0 +1,143 @@
+// What the gradient kernels of Hopper share (train8 with INT8 dO·Vᵀ; docs/abi.md, section 4): the two
+// score products, what follows from them, and exact sums.
+//
+// A warpgroup owns 64 rows (queries for dQ, keys for dK and dV) and meets tiles of 64 columns. Lane
+// 4g + t of a warp holds in s[4n], s[4n + 1] row g and columns 8n + 2t, 8n + 2t + 1, in s[4n + 2],
+// s[4n + 3] row g + 8: bit i of a mask of what counts belongs to s[i].
+#pragma once
+
+#include <cuda.h>
+
+#include "common/mask.cuh"
+#include "common/scale.cuh"
+#include "common/tile.cuh"
+#include "numerics/int8.h"
+#include "ptx/bulk_tensor.cuh"
+#include "ptx/cvt.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/warpgroup.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm80/backward_operands.cuh"
+#include "sm80/backward_workspace.h"
+#include "sm90/forward_stream.cuh"
+#include "sm90/forward_values.cuh"
+
+namespace sage::sm90 {
+
+inline constexpr int kGradientTile = 64;    // columns
+inline constexpr int kGradientGroups = 2;   // consumer warpgroups
+inline constexpr int kGradientRows = 64 * kGradientGroups;
+inline constexpr int kGradientThreads = 128 * (kGradientGroups + 1);
+inline constexpr int kGradientValues = kGradientTile / 2;  // of a thread, in a tile
+inline constexpr int kGradientRegisters = kGradientTile / 8;  // of a thread's 8-bit operand
+// Sums in the matrix unit keep about 14 bits: after this many tiles they go to float32 sums.
+inline constexpr int kExactTiles = 16;
+inline constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
+
+// Calls emit(note) in lane 0 for every tile of [first, end) that look(note) finds visible, in order.
+// All lanes of a warp take part; they look at 32 tiles at once.
+template <class Look, class Emit>
+__device__ __forceinline__ void walk_tiles(TileNote* queue, int first, int end, Look look,
+                                           Emit emit) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll 1
+  for (int base = first; base < end; base += kWarpSize) {
+    TileNote note = {base + lane, 0, {0.0f, 0.0f}};
+    const bool visible = base + lane < end && look(note);
+    const uint32_t seen = __ballot_sync(kFullWarp, visible);
+    if (visible) queue[__popc(seen & ((1u << lane) - 1u))] = note;
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll 1
+      for (int i = 0; i < __popc(seen); ++i) emit(queue[i]);
+    }
+    __syncwarp();
+  }
+}
+
+// s = A·Bᵀ: 64 rows by 64 columns of INT8, both tiles [64][kHeadDim] at addresses in 16-byte units.
+template <int kHeadDim>
+__device__ __forceinline__ void multiply_scores(int (&s)[kGradientValues], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 32; ++step) {
+    ptx::wgmma_m64k32_s32_s8(s, ptx::shared_operand<kHeadDim, 0, 8 * kHeadDim>(a + 2 * step),
+                             ptx::shared_operand<kHeadDim, 0, 8 * kHeadDim>(b + 2 * step),
+                             step > 0);
+  }
+}
+
+// sums += operand · columnsᵀ, columns [kHeadDim][64] of e4m3 at an address in 16-byte units.
+template <int kHeadDim>
+__device__ __forceinline__ void multiply_gradients(float (&sums)[kHeadDim / 2],
+                                                   const uint32_t (&operand)[kGradientRegisters],
+                                                   uint32_t columns, int accumulate) {
+#pragma unroll
+  for (int step = 0; step < kGradientTile / 32; ++step) {
+    ptx::wgmma_m64k32_f32_e4m3(sums, operand + 4 * step,
+                               ptx::shared_operand<64, 0, 8 * 64>(columns + 2 * step),
+                               step == 0 ? accumulate : 1);
+  }
+}
+
+// A line through accumulators: value·slope + start for a value held as an integer. The offset of
+// common/scale.cuh is part of `start`; rounding it costs at most 0.75 units of the product.
+struct Line {
+  float slope, start;
+  __device__ __forceinline__ Line(float slope, float start)
+      : slope(slope), start(fmaf(-kMagic, slope, start)) {}
+  __device__ __forceinline__ float at(int accumulator) const {
+    return fmaf(__int_as_float(accumulator + kMagicBits), slope, start);
+  }
+};
+
+// Clears the codes of what does not count.
+__device__ __forceinline__ void hide_codes(uint32_t (&operand)[kGradientRegisters], uint32_t seen) {
+#pragma unroll
+  for (int i = 0; i < kGradientRegisters; ++i) operand[i] &= sm80::seen_bytes(seen, i / 2, i % 2);
+}
+
+// Adds the matrix unit's sums to those in shared memory, of which each thread has its own.
+template <int kValues>
+__device__ __forceinline__ void add_exactly(unsigned char* region, const float (&x)[kValues],
+                                            bool first) {
+  float4* const sums = reinterpret_cast<float4*>(region) + threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kValues / 4; ++i) {
+    float4 y = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+    if (!first) {
+      const float4 old = sums[i * kWarpSize];
+      y = make_float4(old.x + y.x, old.y + y.y, old.z + y.z, old.w + y.w);
+    }
+    sums[i * kWarpSize] = y;
+  }
+}
+
+// x plus the exact sums, where there are any; nothing where there are neither.
+template <int kValues>
+__device__ __forceinline__ void collect(const unsigned char* region, float (&x)[kValues], bool any,
+                                        bool exact) {
+  const float4* const sums = reinterpret_cast<const float4*>(region) + threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) x[i] = any ? x[i] : 0.0f;
+  if (!exact) return;
+#pragma unroll
+  for (int i = 0; i < kValues / 4; ++i) {
+    const float4 y = sums[i * kWarpSize];
+    x[4 * i] += y.x, x[4 * i + 1] += y.y, x[4 * i + 2] += y.z, x[4 * i + 3] += y.w;
+  }
+}
+
+// All lanes of the warp have done with what the barrier guards.
+__device__ __forceinline__ void release(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(barrier);
+}
+
+// The scale of an e4m3 channel, from the bits of its largest magnitude.
+__device__ __forceinline__ float channel_scale(const uint32_t* maxima, int64_t channel) {
+  return group_scale(bits_float(maxima[channel]), 448.0f).scale;
+}
+
+}  // namespace sage::sm90

@@ -1,0 +1,344 @@
+// dK and dV on Hopper: a block owns 128 keys of one head and walks over the queries of all heads of
+// their group (docs/abi.md, section 4; docs/kernels/sm90_backward.md). Scores are computed transposed,
+// keys by queries: probabilities and score gradients leave the accumulators as A operands of Pᵀ·x, Gᵀ·y.
+//
+// Requirements
+//   sm_90a; train8 with INT8 dO·Vᵀ; head dimension padded to 64 or 128; at least one query and one key;
+//   the workspace filled by sm80/backward_prepass.cu.
+// Roles: warp 0 copies; two warpgroups of 64 keys compute. While one multiplies the other evaluates.
+#pragma once
+
+#include "common/launch.h"
+#include "sm90/backward_common.cuh"
+#include "sm90/store_rows.cuh"
+#include "sm90/tensor_map.h"
+
+namespace sage::sm90 {
+
+struct DkvCall {
+  BackwardCall p;
+  CUtensorMap k, v, q, d_out, x, y;
+  int key_blocks;  // of one head
+};
+
+// ---------------------------------------------------------------------------------- tile constants
+
+template <int kHeadDim_>
+struct DkvConfig {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kProducerRegisters = kHeadDim == 128 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 232 : 224;
+  static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes
+
+  // --------------------------------------------------------------------------- shared-memory map
+  // K [128][kHeadDim] | V [128][kHeadDim] | kStages × { Q | dO [64][kHeadDim], terms [64] }
+  //   | kStages × { x | y [kHeadDim][64] } | float32 sums of dK and dV of each warp | notes
+  //   | queue of notes | mask | barriers
+  static constexpr int kRowsBytes = kGradientRows * kHeadDim;
+  static constexpr int kTileBytes = kGradientTile * kHeadDim;
+  static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
+  static constexpr int kWarpBytes = 16 * kHeadDim * 4;  // of dK, and again of dV
+  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;
+  static constexpr int kScoresAt = 2 * kRowsBytes;
+  static constexpr int kScoresBytes = 2 * kTileBytes + kTermsBytes;
+  static constexpr int kSumsAt = kScoresAt + kStages * kScoresBytes;
+  static constexpr int kSumsBytes = 2 * kTileBytes;
+  static constexpr int kWarpsAt = kSumsAt + kStages * kSumsBytes;
+  static constexpr int kNotesAt = kWarpsAt + 4 * kGradientGroups * 2 * kWarpBytes;
+  static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
+  static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
+  static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + 1);
+  static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0,
+                "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
+  static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
+  static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
+  static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
+  static __device__ int sums_empty(int stage) { return scores_full(stage) + 24 * kStages; }
+  static constexpr int kRowsFull = kBarriersAt + 32 * kStages;
+};
+
+// ------------------------------------------------------------------------------------------ roles
+
+// Distances from the dense mask, and its summary, of the group's first head to those of another.
+struct MaskOffsets {
+  int64_t dense, state;
+  __device__ MaskOffsets(const BackwardCall& p, int head) : dense(0), state(0) {
+    if (p.masks.mask == nullptr || p.masks.mask_sizes[1] == 1) return;
+    const MaskSummary summary = mask_summary(p.shape, p.masks, p.w.masks);
+    dense = head * p.masks.mask_strides[1];
+    state = static_cast<int64_t>(head) * summary.state_rows * summary.state_columns;
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char* shared,
+                                             int kv_plane, int key) {
+  const uint32_t base = ptx::shared_address(shared);
+  const BackwardCall& p = call.p;
+  const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
+  const int group_heads = p.shape.heads / p.shape.kv_heads;
+  const int64_t padded = static_cast<int64_t>(tiles_of(p.shape.queries)) * kTileQueries;
+  if (threadIdx.x == 0) {
+    const uint32_t full = base + Config::kRowsFull;
+    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
+    ptx::cp_async_bulk_tensor_3d(base, &call.k, full, 0, key, kv_plane);
+    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, full, 0, key, kv_plane);
+  }
+  const int tiles = tiles_of(p.shape.keys), tile = key / kTileKeys;
+  const float* const k_scale = p.k_scale + static_cast<int64_t>(kv_plane) * tiles;
+  const bool bad = k_scale[tile] < 0.0f || (tile + 1 < tiles && k_scale[tile + 1] < 0.0f);
+  const uint32_t flags = bad ? Config::kBadKeys | 3 * Config::kHide : 0;
+
+  int stage = 0, head = 0;
+  uint32_t phase = 0;
+  const auto emit = [&](const TileNote& note) {
+    const uint32_t scores_full = base + Config::scores_full(stage);
+    const uint32_t sums_full = base + Config::sums_full(stage);
+    const uint32_t scores = base + Config::kScoresAt + stage * Config::kScoresBytes;
+    const uint32_t sums = base + Config::kSumsAt + stage * Config::kSumsBytes;
+    ptx::mbarrier_wait(base + Config::scores_empty(stage), phase ^ 1);
+    TileNote& to = reinterpret_cast<TileNote*>(shared + Config::kNotesAt)[stage];
+    to = note;
+    to.scale[0] = __int_as_float(head);
+    if (note.flags & Config::kStop) {
+      ptx::mbarrier_arrive(scores_full);
+      return;
+    }
+    const int query = note.key * kGradientTile, plane = kv_plane * group_heads + head;
+    ptx::mbarrier_arrive_expect_tx(scores_full, Config::kScoresBytes);
+    ptx::cp_async_bulk_tensor_3d(scores, &call.q, scores_full, 0, query, plane);
+    ptx::cp_async_bulk_tensor_3d(scores + Config::kTileBytes, &call.d_out, scores_full, 0, query,
+                                 plane);
+    ptx::cp_async_bulk(scores + 2 * Config::kTileBytes, p.w.terms + plane * padded + query,
+                       Config::kTermsBytes, scores_full);
+    ptx::mbarrier_wait(base + Config::sums_empty(stage), phase ^ 1);
+    ptx::mbarrier_arrive_expect_tx(sums_full, Config::kSumsBytes);
+    ptx::cp_async_bulk_tensor_3d(sums, &call.x, sums_full, query, 0, plane);
+    ptx::cp_async_bulk_tensor_3d(sums + Config::kTileBytes, &call.y, sums_full, query, 0, plane);
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+  int first, end;
+  mask.query_tiles(key, key + kGradientRows, kGradientTile, first, end);
+#pragma unroll 1
+  for (head = 0; head < group_heads; ++head) {
+    const MaskOffsets offsets(p, head);
+    const auto look = [&](TileNote& note) {
+      bool visible = false;
+      note.flags = flags;
+#pragma unroll 1
+      for (int group = 0; group < kGradientGroups; ++group) {
+        const TileView view = mask.view(note.key * kGradientTile, kGradientTile, key + 64 * group,
+                                        offsets.state);
+        visible = visible || view != TileView::kNothing;
+        if (view != TileView::kAll) note.flags |= Config::kHide << group;
+      }
+      return visible;
+    };
+    walk_tiles(reinterpret_cast<TileNote*>(shared + Config::kQueueAt), first, end, look, emit);
+  }
+  if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
+}
+
+// Which of a thread's values count; `codes` is the first code of the row of key `key`.
+template <class Config>
+__device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOffsets& offsets,
+                                                 int key, int query, const unsigned char* upper_code,
+                                                 const unsigned char* lower_code) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  const bool sound[2] = {static_cast<int8_t>(*upper_code) != kBadCode,
+                         static_cast<int8_t>(*lower_code) != kBadCode};
+  uint32_t seen = 0;
+#pragma unroll 1
+  for (int i = kGradientValues - 1; i >= 0; --i) {
+    const int column = i / 4 * 8 + 2 * t + (i & 1), r = i >> 1 & 1;
+    const bool counts = (r == 0 ? sound[0] : sound[1]) &&
+                        mask.visible(query + column, key + 8 * r, offsets.dense);
+    seen = seen << 1 | (counts ? 1u : 0u);
+  }
+  return seen;
+}
+
+template <class Config>
+__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group,
+                                            int kv_plane, int key) {
+  constexpr int kHeadDim = Config::kHeadDim;
+  const BackwardCall& p = call.p;
+  const uint32_t base = ptx::shared_address(shared), units = base / 16;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
+  unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * 2 * Config::kWarpBytes;
+  const int tiles = tiles_of(p.shape.keys), tile_index = key / kTileKeys + group;
+  const int64_t scale_at = static_cast<int64_t>(kv_plane) * tiles + tile_index;
+  const float k_scale = tile_index < tiles ? fabsf(p.k_scale[scale_at]) : 0.0f;
+  const float v_scale = tile_index < tiles ? p.v_dp_scale[scale_at] : 0.0f;
+
+  int s[kGradientValues], d[kGradientValues];
+  float dk[kHeadDim / 2], dv[kHeadDim / 2];
+  uint32_t p_operand[kGradientRegisters], g_operand[kGradientRegisters];
+  int count = 0, stage = 0;  // tiles so far
+  uint32_t phase = 0;
+  const uint32_t keys = units + group * 64 * kHeadDim / 16;
+  ptx::mbarrier_wait(base + Config::kRowsFull, 0);
+
+  while (true) {
+    ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
+    const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
+    if (ptx::uniform(note.flags) & Config::kStop) break;
+    const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
+    const uint32_t queries = units + scores_at / 16;
+    // The gradient products of the tile before: the scores would have to wait for them anyway, and
+    // their operands' registers are needed.
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(dk);
+    ptx::keep_in_registers(dv);
+    if (count > 0) release(base + Config::sums_empty(stage == 0 ? Config::kStages - 1 : stage - 1));
+    ptx::wgmma_fence();
+    multiply_scores<kHeadDim>(s, keys, queries);
+    multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
+    ptx::wgmma_commit_group();
+    if (count > 0 && count % kExactTiles == 0) {
+      add_exactly(region, dk, count == kExactTiles);
+      add_exactly(region + Config::kWarpBytes, dv, count == kExactTiles);
+    }
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(s);
+    ptx::keep_in_registers(d);
+
+    const auto* const terms =
+        reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
+#pragma unroll
+    for (int c = 0; c < kGradientValues / 8; ++c) {
+      float e[8], x[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int n = i / 2, column = i % 2;
+        const QueryTerms term = terms[(2 * c + n) * 8 + column];
+        const Line score(term.score * k_scale, term.shift);
+        const Line gradient(term.gain * v_scale, term.offset);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int at = 4 * n + 2 * r + column;
+          e[at] = ptx::ex2(score.at(s[8 * c + at]));
+          x[at] = e[at] * gradient.at(d[8 * c + at]);
+        }
+      }
+      E4m3Values::pack(p_operand + 2 * c, e);
+      E4m3Values::pack(g_operand + 2 * c, x);
+    }
+    if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
+      using Rows = SharedTile<8, kHeadDim>;
+      const unsigned char* const codes = shared;  // of the block's keys
+      const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
+      const uint32_t seen = seen_by_keys<Config>(
+          mask, MaskOffsets(p, __float_as_int(note.scale[0])), key + warp_row + g,
+          note.key * kGradientTile, codes + Rows::offset(warp_row + g, 0),
+          codes + Rows::offset(warp_row + g + 8, 0));
+      hide_codes(p_operand, seen);
+      hide_codes(g_operand, seen);
+    }
+    release(base + Config::scores_empty(stage));
+    ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
+    const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
+    ptx::keep_in_registers(p_operand);
+    ptx::keep_in_registers(g_operand);
+    ptx::wgmma_fence();
+    multiply_gradients<kHeadDim>(dv, p_operand, sums, count % kExactTiles != 0);
+    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, count % kExactTiles != 0);
+    ptx::wgmma_commit_group();
+    ++count;
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  ptx::wgmma_wait_group<0>();
+  ptx::keep_in_registers(dk);
+  ptx::keep_in_registers(dv);
+
+  // --------------------------------------------------------------------------------------- epilogue
+  const AttentionShape& shape = p.shape;
+  const int b = kv_plane / shape.kv_heads, head = kv_plane % shape.kv_heads;
+  const int64_t first =
+      ((static_cast<int64_t>(b) * shape.keys + key + warp_row) * shape.kv_heads + head) *
+      shape.head_dim;
+  const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const uint32_t* maxima,
+                          float factor, void* out, Dtype dtype) {
+    collect(sums, x, count > 0, count > kExactTiles);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      const int channel = i / 4 * 8 + 2 * t + (i & 1);
+      x[i] *= factor * channel_scale(maxima, static_cast<int64_t>(kv_plane) * kHeadDim + channel);
+    }
+    store_rows<kHeadDim>(sums, x, out, dtype, first, shape.keys - key - warp_row,
+                         static_cast<int64_t>(shape.kv_heads) * shape.head_dim, shape.head_dim);
+  };
+  finish(dk, region, p.w.y_max, p.scale * (1.0f / 256.0f), p.dk, p.dk_dtype);
+  finish(dv, region + Config::kWarpBytes, p.w.x_max, 1.0f / 256.0f, p.dv, p.dv_dtype);
+}
+
+// ------------------------------------------------------------------------------------------ kernel
+
+template <class Config>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    backward_dkv(const __grid_constant__ DkvCall call) {
+  extern __shared__ __align__(1024) unsigned char tiles_first[];
+  unsigned char* const shared = tiles_first;
+  const uint32_t base = ptx::shared_address(shared);
+  const AttentionShape& shape = call.p.shape;
+  // Blocks of one head follow each other; the first keys come first, because under a causal mask the
+  // most queries see them.
+  const int block = static_cast<int>(blockIdx.x), kv_plane = block / call.key_blocks;
+  const int key = block % call.key_blocks * kGradientRows;
+  const int b = kv_plane / shape.kv_heads;
+  const int n = kv_plane % shape.kv_heads * (shape.heads / shape.kv_heads);
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<Mask*>(shared + Config::kMaskAt) =
+        Mask(shape, call.p.masks, call.p.w.masks, b, n);
+    ptx::mbarrier_init(base + Config::kRowsFull, 1);
+    for (int i = 0; i < Config::kStages; ++i) {
+      ptx::mbarrier_init(base + Config::scores_full(i), 1);
+      ptx::mbarrier_init(base + Config::sums_full(i), 1);
+      ptx::mbarrier_init(base + Config::scores_empty(i), 4 * kGradientGroups);
+      ptx::mbarrier_init(base + Config::sums_empty(i), 4 * kGradientGroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
+  if (group == 0) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared, kv_plane, key);
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    compute_dkv<Config>(call, shared, group - 1, kv_plane, key);
+  }
+}
+
+template <class Config>
+const char* launch_dkv(const BackwardCall& p, Stream stream) {
+  constexpr int kHeadDim = Config::kHeadDim;
+  const AttentionShape& s = p.shape;
+  const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
+  const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
+  const int64_t padded = static_cast<int64_t>(tiles_of(s.queries)) * 64;
+  DkvCall call = {p, {}, {}, {}, {}, {}, {}, (s.keys + kGradientRows - 1) / kGradientRows};
+  const char* error = nullptr;
+  const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {
+    if (error == nullptr) error = encode_tensor_map(to, spec);
+  };
+  map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientRows});
+  map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientRows});
+  map(call.q, {p.q8, 1, kHeadDim, s.queries, planes, kHeadDim, kGradientTile});
+  map(call.d_out, {p.w.d_out, 1, kHeadDim, padded, planes, kHeadDim, kGradientTile});
+  map(call.x, {p.w.x, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
+  map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
+  if (error != nullptr) return error;
+  return launch(backward_dkv<Config>, dim3(static_cast<unsigned>(kv_planes * call.key_blocks)),
+                kGradientThreads, Config::kSharedBytes, stream, call);
+}
+
+}  // namespace sage::sm90

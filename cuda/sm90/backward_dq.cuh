@@ -1,0 +1,290 @@
+// dQ on Hopper: a block owns 128 queries of one head and walks over keys, as the forward pass does
+// (docs/abi.md, section 4; docs/kernels/sm90_backward.md).
+//
+// Requirements
+//   sm_90a; train8 with INT8 dO·Vᵀ; head dimension padded to 64 or 128; at least one query and one key;
+//   the workspace filled by sm80/backward_prepass.cu.
+// Roles: warp 0 copies; two warpgroups of 64 queries compute. While one multiplies the other evaluates.
+#pragma once
+
+#include "common/launch.h"
+#include "sm90/backward_common.cuh"
+#include "sm90/store_rows.cuh"
+#include "sm90/tensor_map.h"
+
+namespace sage::sm90 {
+
+struct DqCall {
+  BackwardCall p;
+  CUtensorMap q, d_out, k, v, z;
+  int row_blocks;  // of one head
+};
+
+// ---------------------------------------------------------------------------------- tile constants
+
+template <int kHeadDim_>
+struct DqConfig {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes
+
+  // --------------------------------------------------------------------------- shared-memory map
+  // Q [128][kHeadDim] | dO [128][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
+  //   | float32 sums of each warp | notes | queue of notes | mask | barriers
+  static constexpr int kRowsBytes = kGradientRows * kHeadDim;
+  static constexpr int kTileBytes = kGradientTile * kHeadDim;
+  static constexpr int kStageBytes = 3 * kTileBytes;
+  static constexpr int kWarpBytes = 16 * kHeadDim * 4;
+  static constexpr int kStages = kHeadDim == 128 ? 4 : 6;
+  static constexpr int kStagesAt = 2 * kRowsBytes;
+  static constexpr int kWarpsAt = kStagesAt + kStages * kStageBytes;
+  static constexpr int kNotesAt = kWarpsAt + 4 * kGradientGroups * kWarpBytes;
+  static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
+  static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
+  static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
+  static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0, "what an sm_90 offers a block");
+  static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
+  static __device__ int empty(int stage) { return full(stage) + 8 * kStages; }
+  static constexpr int kRowsFull = kBarriersAt + 16 * kStages;
+};
+
+// ------------------------------------------------------------------------------------------ roles
+
+template <class Config>
+__device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* shared, int plane,
+                                          int kv_plane, int row) {
+  const uint32_t base = ptx::shared_address(shared);
+  const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
+  const int keys = call.p.shape.keys;
+  const float* const k_scale = call.p.k_scale + static_cast<int64_t>(kv_plane) * tiles_of(keys);
+  const float* const v_scale = call.p.v_dp_scale + static_cast<int64_t>(kv_plane) * tiles_of(keys);
+  if (threadIdx.x == 0) {
+    const uint32_t full = base + Config::kRowsFull;
+    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
+    ptx::cp_async_bulk_tensor_3d(base, &call.q, full, 0, row, plane);
+    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.d_out, full, 0, row, plane);
+  }
+  int stage = 0;
+  uint32_t phase = 0;
+  const auto emit = [&](const TileNote& note) {
+    const uint32_t full = base + Config::full(stage);
+    const uint32_t at = base + Config::kStagesAt + stage * Config::kStageBytes;
+    ptx::mbarrier_wait(base + Config::empty(stage), phase ^ 1);
+    reinterpret_cast<TileNote*>(shared + Config::kNotesAt)[stage] = note;
+    if (note.flags & Config::kStop) {
+      ptx::mbarrier_arrive(full);
+    } else {
+      const int key = note.key * kGradientTile;
+      ptx::mbarrier_arrive_expect_tx(full, Config::kStageBytes);
+      ptx::cp_async_bulk_tensor_3d(at, &call.k, full, 0, key, kv_plane);
+      ptx::cp_async_bulk_tensor_3d(at + Config::kTileBytes, &call.v, full, 0, key, kv_plane);
+      ptx::cp_async_bulk_tensor_3d(at + 2 * Config::kTileBytes, &call.z, full, key, 0, kv_plane);
+    }
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+  const auto look = [&](TileNote& note) {
+    bool visible = false;
+#pragma unroll 1
+    for (int group = 0; group < kGradientGroups; ++group) {
+      const TileView view = mask.view(row + 64 * group, 64, note.key * kGradientTile);
+      visible = visible || view != TileView::kNothing;
+      if (view != TileView::kAll) note.flags |= Config::kHide << group;
+    }
+    if (!visible) return false;
+    const float k = k_scale[note.key];
+    if (k < 0.0f) note.flags |= Config::kBadKeys | 3 * Config::kHide;
+    note.scale[0] = fabsf(k);
+    note.scale[1] = v_scale[note.key];
+    return true;
+  };
+  int first, end;
+  mask.key_tiles(row, row + kGradientRows, kGradientTile, first, end);
+  walk_tiles(reinterpret_cast<TileNote*>(shared + Config::kQueueAt), first, end, look, emit);
+  if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
+}
+
+// Which of a thread's values count.
+template <class Config>
+__device__ __forceinline__ uint32_t seen_by_queries(const Mask& mask, int query, int key,
+                                                    bool bad_keys, const unsigned char* tile) {
+  const int t = static_cast<int>(threadIdx.x) % 4;
+  uint32_t seen = 0;
+#pragma unroll 1
+  for (int i = kGradientValues - 1; i >= 0; --i) {
+    const int column = i / 4 * 8 + 2 * t + (i & 1);
+    bool counts = mask.visible(query + (i >> 1 & 1) * 8, key + column);
+    if (counts && bad_keys) {
+      const int at = SharedTile<8, Config::kHeadDim>::offset(column, 0);
+      counts = static_cast<int8_t>(tile[at]) != kBadCode;
+    }
+    seen = seen << 1 | (counts ? 1u : 0u);
+  }
+  return seen;
+}
+
+template <class Config>
+__device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* shared, int group,
+                                           int plane, int kv_plane, int b, int n, int row) {
+  constexpr int kHeadDim = Config::kHeadDim;
+  const BackwardCall& p = call.p;
+  const uint32_t base = ptx::shared_address(shared), units = base / 16;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
+  unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * Config::kWarpBytes;
+  const int64_t padded = static_cast<int64_t>(plane) * tiles_of(p.shape.queries) * kTileQueries;
+
+  // The terms of rows g and g + 8; padded rows exist up to a multiple of 64.
+  QueryTerms terms[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int query = row + warp_row + g + 8 * r;
+    terms[r] = {0.0f, -INFINITY, 0.0f, 0.0f};
+    if (query < p.shape.queries) terms[r] = p.w.terms[padded + query];
+  }
+  int s[kGradientValues], d[kGradientValues];
+  float dq[kHeadDim / 2];
+  uint32_t operand[kGradientRegisters];
+  int count = 0, stage = 0;  // tiles so far
+  uint32_t phase = 0;
+  const uint32_t queries = units + group * 64 * kHeadDim / 16;
+  ptx::mbarrier_wait(base + Config::kRowsFull, 0);
+
+  while (true) {
+    ptx::mbarrier_wait(base + Config::full(stage), phase);
+    const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
+    if (ptx::uniform(note.flags) & Config::kStop) break;
+    const uint32_t tile = units + (Config::kStagesAt + stage * Config::kStageBytes) / 16;
+    ptx::wgmma_fence();
+    multiply_scores<kHeadDim>(s, queries, tile);
+    multiply_scores<kHeadDim>(d, queries + Config::kRowsBytes / 16, tile + Config::kTileBytes / 16);
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait_group<0>();  // and dQ's product of the tile before
+    ptx::keep_in_registers(s);
+    ptx::keep_in_registers(d);
+    ptx::keep_in_registers(dq);
+    if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
+    if (count > 0 && count % kExactTiles == 0) {
+      add_exactly(region, dq, count == kExactTiles);
+    }
+
+    const Line score[2] = {{terms[0].score * note.scale[0], terms[0].shift},
+                           {terms[1].score * note.scale[0], terms[1].shift}};
+    const Line gradient[2] = {{terms[0].gain * note.scale[1], terms[0].offset},
+                              {terms[1].gain * note.scale[1], terms[1].offset}};
+#pragma unroll
+    for (int c = 0; c < kGradientValues / 8; ++c) {
+      float x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int r = i >> 1 & 1;
+        x[i] = ptx::ex2(score[r].at(s[8 * c + i])) * gradient[r].at(d[8 * c + i]);
+      }
+      E4m3Values::pack(operand + 2 * c, x);
+    }
+    if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
+      const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
+      hide_codes(operand, seen_by_queries<Config>(
+                              mask, row + warp_row + g, note.key * kGradientTile,
+                              note.flags & Config::kBadKeys,
+                              shared + Config::kStagesAt + stage * Config::kStageBytes));
+    }
+    ptx::keep_in_registers(operand);
+    ptx::wgmma_fence();
+    multiply_gradients<kHeadDim>(dq, operand, tile + 2 * Config::kTileBytes / 16, count % kExactTiles != 0);
+    ptx::wgmma_commit_group();
+    ++count;
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  ptx::wgmma_wait_group<0>();
+  ptx::keep_in_registers(dq);
+
+  // --------------------------------------------------------------------------------------- epilogue
+  collect(region, dq, count > 0, count > kExactTiles);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int query = row + warp_row + g + 8 * r;
+    const bool inside = query < p.shape.queries;
+    const int64_t at = static_cast<int64_t>(plane) * p.shape.queries + query;
+    const float factor = inside ? p.w.row_factor[padded + query] : 0.0f;
+    const float dlse = inside && p.l[at] != 0.0f ? p.dlse[at] * p.scale : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      if ((i >> 1 & 1) != r) continue;
+      const int64_t channel = static_cast<int64_t>(kv_plane) * kHeadDim + i / 4 * 8 + 2 * t + (i & 1);
+      dq[i] = fmaf(dq[i], factor * channel_scale(p.w.z_max, channel), dlse * p.k_mean[channel]);
+    }
+  }
+  const int64_t first =
+      ((static_cast<int64_t>(b) * p.shape.queries + row + warp_row) * p.shape.heads + n) *
+      p.shape.head_dim;
+  store_rows<kHeadDim>(region, dq, p.dq, p.dq_dtype, first, p.shape.queries - row - warp_row,
+                       static_cast<int64_t>(p.shape.heads) * p.shape.head_dim, p.shape.head_dim);
+}
+
+// ------------------------------------------------------------------------------------------ kernel
+
+template <class Config>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    backward_dq(const __grid_constant__ DqCall call) {
+  extern __shared__ __align__(1024) unsigned char tiles_first[];
+  unsigned char* const shared = tiles_first;
+  const uint32_t base = ptx::shared_address(shared);
+  const AttentionShape& shape = call.p.shape;
+  // Blocks of one head follow each other, so that its keys stay in L2; the last rows come first,
+  // because under a causal mask they see the most keys.
+  const int block = static_cast<int>(blockIdx.x), plane = block / call.row_blocks;
+  const int row = (call.row_blocks - 1 - block % call.row_blocks) * kGradientRows;
+  const int b = plane / shape.heads, n = plane % shape.heads;
+  const int kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<Mask*>(shared + Config::kMaskAt) =
+        Mask(shape, call.p.masks, call.p.w.masks, b, n);
+    ptx::mbarrier_init(base + Config::kRowsFull, 1);
+    for (int i = 0; i < Config::kStages; ++i) {
+      ptx::mbarrier_init(base + Config::full(i), 1);
+      ptx::mbarrier_init(base + Config::empty(i), 4 * kGradientGroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
+  if (group == 0) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared, plane, kv_plane, row);
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    compute_dq<Config>(call, shared, group - 1, plane, kv_plane, b, n, row);
+  }
+}
+
+template <class Config>
+const char* launch_dq(const BackwardCall& p, Stream stream) {
+  constexpr int kHeadDim = Config::kHeadDim;
+  const AttentionShape& s = p.shape;
+  const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
+  const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
+  const int64_t padded_queries = static_cast<int64_t>(tiles_of(s.queries)) * 64;
+  const int64_t padded_keys = static_cast<int64_t>(tiles_of(s.keys)) * 64;
+  DqCall call = {p, {}, {}, {}, {}, {}, (s.queries + kGradientRows - 1) / kGradientRows};
+  const char* error = nullptr;
+  const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {
+    if (error == nullptr) error = encode_tensor_map(to, spec);
+  };
+  map(call.q, {p.q8, 1, kHeadDim, s.queries, planes, kHeadDim, kGradientRows});
+  map(call.d_out, {p.w.d_out, 1, kHeadDim, padded_queries, planes, kHeadDim, kGradientRows});
+  map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
+  map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
+  map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
+  if (error != nullptr) return error;
+  return launch(backward_dq<Config>, dim3(static_cast<unsigned>(planes * call.row_blocks)),
+                kGradientThreads, Config::kSharedBytes, stream, call);
+}
+
+}  // namespace sage::sm90
