@@ -1,5 +1,9 @@
 // The backward pass: summaries of masks, the pre-pass, then the gradient kernels of the device's
 // architecture. Every sum has one order, so results repeat bit for bit.
+#include <cuda_runtime.h>
+
+#include <cstring>
+
 #include "common/dispatch.h"
 #include "common/mask.cuh"
 #include "sm80/backward.h"
@@ -27,8 +31,13 @@ const char* attend_backward(const BackwardParams& params, Stream stream) {
   if (p.backward == Backward::kSageBwd) return sagebwd_gradients_sm80(p, stream);
   const int architecture = device_architecture();
   if (architecture / 10 == 9) return train8_gradients_sm90(p, stream);
-  if (architecture >= 89) return train8_gradients_sm89(p, stream);
-  return train8_gradients_sm80(p, stream);
+  error = architecture >= 89 ? train8_gradients_sm89(p, stream) : train8_gradients_sm80(p, stream);
+  // A build without sm_89's own kernels may still hold sm_80's, which run there.
+  const char* const missing = cudaGetErrorString(cudaErrorNoKernelImageForDevice);
+  if (error != nullptr && architecture == 89 && std::strcmp(error, missing) == 0) {
+    error = train8_gradients_sm80(p, stream);
+  }
+  return error;
 }
 
 }  // namespace sage
