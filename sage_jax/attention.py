@@ -126,12 +126,9 @@ def dot_product_attention(
         _optional(mask, 4, jnp.bool_),
         None if bias is None else guard(_optional(bias, 4, jnp.float32)),
     )
-
-    def attend(q, k, v, *masks):
-        q, k, v, *masks = _sharding.align(q, k, v, *masks)
-        return _vjp.attention(planned.settings, q, k, v, Masks(*masks))
-
-    out, lse = _sharding.split_explicitly(attend, _OPERANDS, (q, k, v, *masks), planned.settings)
+    operands, restore = _sharding.settle(_OPERANDS, (q, k, v, *masks))
+    q, k, v, *masks = _sharding.align(*operands)
+    out, lse = restore(*_vjp.attention(planned.settings, q, k, v, Masks(*masks)))
     out, lse = out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
     if query.ndim == 3:
         out, lse = jnp.squeeze(out, 0), jnp.squeeze(lse, 0)
