@@ -273,6 +273,18 @@ def test_donation():
     assert_all_close(donated, expected)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("recipe", ["train8", "sagebwd"])
+def test_x64_switched_on_between_calls(recipe, implementation):
+    """What JAX has cached must not mix its 32-bit integers with 64-bit ones."""
+    x = inputs(B)
+    f = functools.partial(gradients, recipe=recipe, implementation=implementation)
+    expected = f(*x)
+    with jax.enable_x64(True):
+        assert_all_close(f(*x), expected)
+    assert_all_close(f(*x), expected)
+
+
 def test_eval_shape_runs_nothing():
     types = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs(B)]
     out = jax.eval_shape(gradients, *types)
