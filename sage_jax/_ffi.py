@@ -48,6 +48,14 @@ NO_BIAS_ON_CUDA = (
 )
 
 
+def other_platform(implementation):
+    return (
+        f"implementation={implementation!r} was asked for, but the program is compiled for another "
+        f"platform; place the arrays on a {implementation} device, or use implementation=None or "
+        "'reference'."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The static part of a call.
@@ -313,13 +321,8 @@ def _by_platform(name, settings: Settings, *operands):
             native["cpu"] = specification
     if chosen is None:
         return jax.lax.platform_dependent(*operands, **native, default=specification)
-    sentence = (
-        f"implementation={chosen!r} was asked for, but the program is compiled for another "
-        f"platform; place the arrays on a "
-        f"{chosen} device, or use implementation=None or 'reference'."
-    )
     return jax.lax.platform_dependent(
-        *operands, **{chosen: native[chosen]}, default=refuse(sentence)
+        *operands, **{chosen: native[chosen]}, default=refuse(other_platform(chosen))
     )
 
 

@@ -75,25 +75,6 @@ def dot_product_attention(
 
     Sources: SageAttention2 (arXiv 2411.10958) for the forward pass; docs/numerics.md for `train8`.
     """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    (
-        bias,
-        mask,
-        query_seq_lengths,
-        key_value_seq_lengths,
-        query_segment_ids,
-        key_value_segment_ids,
-    ) = (
-        None if x is None else jnp.asarray(x)
-        for x in (
-            bias,
-            mask,
-            query_seq_lengths,
-            key_value_seq_lengths,
-            query_segment_ids,
-            key_value_segment_ids,
-        )
-    )
     planned = support.plan(
         query,
         key,
@@ -112,6 +93,7 @@ def dot_product_attention(
         causal_alignment=causal_alignment,
         deterministic=deterministic,
     )
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     guard = _refusal.reverse_mode_only
     q, k, v = (guard(_leading_axes(x, 4)) for x in (query, key, value))
     if (
@@ -141,7 +123,7 @@ def _leading_axes(x, ndim):
 
 def _optional(x, ndim, dtype):
     """x with leading axes of size 1 added, or None."""
-    return None if x is None else _leading_axes(x, ndim).astype(dtype)
+    return None if x is None else _leading_axes(jnp.asarray(x), ndim).astype(dtype)
 
 
 def _bounds(q, k, query_lengths, key_lengths, causal_alignment):
@@ -151,7 +133,7 @@ def _bounds(q, k, query_lengths, key_lengths, causal_alignment):
     def valid(lengths, tokens):
         if lengths is None:
             return jnp.full((batch,), tokens, jnp.int32)
-        return jnp.clip(lengths, 0, tokens).astype(jnp.int32)
+        return jnp.clip(jnp.asarray(lengths), 0, tokens).astype(jnp.int32)
 
     q_len, kv_len = valid(query_lengths, queries), valid(key_lengths, keys)
     offset = kv_len - q_len if causal_alignment == "bottom_right" else jnp.zeros_like(q_len)

@@ -331,6 +331,7 @@ ERRORS = {
     "mask_shape": ((q0, k0, v0), dict(mask=array(K, T, S, dtype=bool)), "mask has shape .* does not broadcast"),
     "bias_shape": ((q0, k0, v0), dict(bias=array(T + 1, S)), "bias has shape .* does not broadcast"),
     "bias_bool": ((q0, k0, v0), dict(bias=array(T, S, dtype=bool)), "pass a boolean mask as mask="),
+    "bias_complex": ((q0, k0, v0), dict(bias=array(T, S, dtype=jnp.complex64)), "complex64, but only real numbers"),
     "lengths": ((q0, k0, v0), dict(query_seq_lengths=array(3, dtype=jnp.int32)), "query_seq_lengths should be"),
     "lengths_float": ((q0, k0, v0), dict(key_value_seq_lengths=array(B)), "key_value_seq_lengths should be an integer"),
     "one_segment": ((q0, k0, v0), dict(query_segment_ids=array(B, T, dtype=jnp.int32)), "only query_segment_ids"),
@@ -379,6 +380,23 @@ def test_supports():
     assert "bias" in sage_jax.supports(q0, k0, v0, array(T, S), platform="cuda")
 
 
+@pytest.mark.parametrize("query", [None, "text", [[1, 2], [3]]], ids=str)
+def test_what_is_no_array_gets_one_sentence(query):
+    with pytest.raises(TypeError, match="^query should be an array or a list of numbers") as raised:
+        attend(query, k0, v0)
+    assert sage_jax.supports(query, k0, v0) == str(raised.value)
+
+
+def test_supports_takes_the_lists_and_numpy_arrays_that_the_function_takes():
+    x = inputs()
+    plain = [np.asarray(a, np.float64) for a in x]  # which JAX makes float32
+    masks = dict(query_seq_lengths=[3, 4], mask=[[True] * S] * T)
+    assert sage_jax.supports(*plain, **masks) is None
+    assert sage_jax.explain(*plain, **masks).recipe.name == "sage2"
+    assert_same_bits(attend(*plain, **masks), attend(*x, **masks))
+    assert "integer array of shape (2,)" in sage_jax.supports(*x, query_seq_lengths=[1.5, 2.5])
+
+
 def test_a_gpu_without_cuda_kernels_is_an_error_before_anything_runs(monkeypatch):
     monkeypatch.setattr(_ffi, "load", lambda implementation: None)
     sentence = sage_jax.supports(q0, k0, v0, platform="gpu")
@@ -390,8 +408,26 @@ def test_a_gpu_without_cuda_kernels_is_an_error_before_anything_runs(monkeypatch
 def test_an_implementation_for_another_platform_is_refused_when_compiled():
     with pytest.raises(
         ValueError, match="implementation='cuda' was asked for, but .* another platform"
-    ):
+    ) as raised:
         attend(*inputs(), implementation="cuda")
+    sentence = str(raised.value).splitlines()[0]
+    assert sage_jax.supports(q0, k0, v0, implementation="cuda") == sentence
+    with pytest.raises(ValueError, match="another platform"):
+        sage_jax.explain(q0, k0, v0, implementation="cuda")
+
+
+def test_another_platform_may_be_asked_about(monkeypatch):
+    """As when a program is exported from here."""
+
+    class Module:
+        built_architectures = staticmethod(lambda: ["80", "90a"])
+
+    monkeypatch.setattr(_ffi, "load", lambda implementation: Module)
+    call = dict(platform="cuda", implementation="cuda")
+    assert sage_jax.supports(q0, k0, v0, **call) is None
+    said = sage_jax.explain(q0, k0, v0, **call)
+    assert said.backend == "cuda" and said.architectures == ("80", "90a")
+    assert "sm_80, sm_90a; the GPU decides at run time" in str(said)
 
 
 def test_explain():
