@@ -24,6 +24,7 @@ Shapes: B batch, T new tokens, S capacity, N query heads, K key/value heads, H h
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -305,13 +306,18 @@ def _write(buffer, new, start):
 
 def _window(local_window_size) -> tuple[int, int]:
     """(left, right) with `OPEN` for an open side."""
-    pair = local_window_size
-    if pair is None or isinstance(pair, int):
-        pair = (pair, pair)
-    left, right = (OPEN if side is None else side for side in pair)
+    given = local_window_size
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    try:
+        left, right = (OPEN if side is None else operator.index(side) for side in pair)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"local_window_size={given!r} is not supported; give one int, or (left, right) where "
+            "None leaves a side open."
+        ) from None
     if left < 0 or right < 0:
         raise ValueError(
-            f"local_window_size={local_window_size!r} has a negative side; use numbers from 0 "
+            f"local_window_size={given!r} has a negative side; use numbers from 0 "
             "up, or None for an open side."
         )
     return left, right

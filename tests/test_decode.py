@@ -193,7 +193,14 @@ def test_ragged_prompts_equal_each_row_alone():
 
 
 @pytest.mark.parametrize(
-    "window,expected", [(3, (3, 3)), ((5, 0), (5, 0)), ((None, 2), (64, 2)), ((2, None), (2, 64))]
+    "window,expected",
+    [
+        (3, (3, 3)),
+        (np.int64(3), (3, 3)),
+        ((5, 0), (5, 0)),
+        ((None, 2), (64, 2)),
+        ((2, None), (2, 64)),
+    ],
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_windows(window, expected, causal):
@@ -325,6 +332,8 @@ def test_tokens_and_channels_of_a_cache_stay_whole():
         ("mask should be", lambda c, x: decode.attend(c, x, mask=jnp.ones((2, 2, 4, 4), bool))),
         ("positions should", lambda c, x: decode.attend(c, x, positions=jnp.arange(3))),
         ("negative side", lambda c, x: decode.attend(c, x, local_window_size=(-1, 0))),
+        ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=1.5)),
+        ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=(1, 2, 3))),
         ("capacity should be", lambda c, x: decode.init_cache(2, 0, 2, 64)),
     ],
 )
