@@ -97,6 +97,39 @@ def test_dtypes_and_head_dims(dtype, h):
     assert relative_l2(out, exact(*(a.astype(jnp.float32) for a in x))) < BOUND
 
 
+LONG = 131_072
+
+
+@pytest.mark.parametrize(
+    "t, s, kwargs",
+    [
+        (256, LONG, dict(causal_alignment="bottom_right")),
+        (LONG, 256, {}),
+        (LONG, LONG, dict(local_window_size=(256, 0))),
+    ],
+    ids=["keys", "queries", "window"],
+)
+def test_sequences_of_128k(t, s, kwargs):
+    """Values and gradients; with a window those of the last tokens, which need no others."""
+    x = inputs(t=t, s=s, n=1, k=1, h=16, batch=1)
+    dout = jnp.cos(jnp.arange(t * 16, dtype=jnp.float32)).reshape(x[0].shape)
+
+    def results(f, q, k, v, dout):
+        out, vjp = jax.vjp(f, q, k, v)
+        return out, *vjp(dout)
+
+    f = functools.partial(attend, is_causal=True, **kwargs)
+    got = jax.jit(functools.partial(results, f))(*x, dout)
+    assert all(np.all(np.isfinite(a)) for a in got)
+    first, last = (1024, 512) if t == s else (0, 0)  # of the tokens compared with, and compared
+    tail = [a[:, -first:] for a in (*x, dout)]
+    i, j = np.arange(tail[0].shape[1])[:, None], np.arange(tail[1].shape[1])
+    seen = (j <= i + max(s - t, 0)) & (j >= i - (256 if t == s else LONG))
+    want = results(functools.partial(exact, mask=jnp.asarray(seen)), *tail)
+    for a, b in zip(got, want, strict=True):
+        assert relative_l2(a[:, -last:], b[:, -last:]) < 0.08
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 200), (129, 1), (63, 65), (128, 64)])
 def test_lengths_that_divide_nothing(sizes):
     x = inputs(t=sizes[0], s=sizes[1])
