@@ -186,7 +186,8 @@ def attend(
     _check_query(cache, query, mask)
     batch, tokens, heads, head_dim = query.shape
     if positions is None:
-        positions = cache.length[..., None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+        positions = jnp.arange(tokens, dtype=jnp.int32)[None] - tokens
+        positions = jnp.reshape(cache.length, (-1, 1)) + positions
     if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
         raise ValueError(
             f"positions should have shape [{tokens}] or [{batch}, {tokens}], but got "
@@ -216,7 +217,7 @@ def _attend_block(cache, query, positions, mask, scale, left, right):
     scores = _dot("btkgh,bksh->bkgts", grouped, cache.k8, compute)
     scores = scores * (scale * cache.k_scale[:, :, None, None, :])
 
-    j = jnp.arange(cache.capacity, dtype=jnp.int32)
+    j = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None]
     seen = j < jnp.reshape(cache.length, (-1, 1, 1))
     diagonal = j - positions[..., None]
     if left < OPEN:
@@ -278,7 +279,7 @@ def _finite_mean(k, count):
     """Mean [B, K, H] of the first `count` ([] or [B]) tokens of k [B, K, T, H] that hold neither
     NaN nor Inf.
     """
-    j = jnp.arange(k.shape[2], dtype=jnp.int32)
+    j = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
     valid = (j < jnp.reshape(count, (-1, 1)))[:, None] & jnp.all(jnp.isfinite(k), axis=-1)
     number = jnp.maximum(jnp.sum(valid, axis=-1), 1)
     total = jnp.sum(jnp.where(valid[..., None], k, 0.0), axis=2)

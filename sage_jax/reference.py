@@ -72,7 +72,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp) -> QuantizedKV:
     """
     tokens = k.shape[1]
     k, v = _heads_first(k), _heads_first(v)
-    valid = (jnp.arange(tokens) < bounds[:, 1, None])[:, None, :]
+    valid = (jnp.arange(tokens)[None] < bounds[:, 1, None])[:, None, :]
     finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     bad = valid & ~finite
     used = (valid & finite)[..., None]
@@ -132,7 +132,7 @@ def quantize_q(q, k_mean, bounds, *, q_block, scale) -> QuantizedQ:
     """
     tokens = q.shape[1]
     q = _heads_first(q)
-    valid = (jnp.arange(tokens) < bounds[:, 0, None])[:, None, :]
+    valid = (jnp.arange(tokens)[None] < bounds[:, 0, None])[:, None, :]
     finite = jnp.all(jnp.isfinite(q), axis=-1)
     q = jnp.where((valid & finite)[..., None], q, 0.0)
     amax = jnp.repeat(qz.group_amax(q, 2, q_block), q_block, axis=-1)[..., :tokens]

@@ -210,6 +210,16 @@ def test_windows(window, expected, causal):
     assert error(out, exact) < BOUND["float32"]
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_without_implicit_rank_promotion(ragged):
+    q, k, v = inputs(2, 24, 4, 2, 64)
+    expected = decode.attend(decode.append(decode.init_cache(2, 30, 2, 64), k, v), q)
+    with jax.numpy_rank_promotion("raise"):
+        cache = decode.append(decode.init_cache(2, 30, 2, 64, ragged=ragged), k, v)
+        out = decode.attend(cache, q, mask=jnp.ones((24, 30), bool), local_window_size=24)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 24, 32), (1, 1, 24, 32), (4, 1, 32), (24, 32), (32,)])
 def test_masks(shape):
     q, k, v = inputs(2, 24, 4, 2, 64)

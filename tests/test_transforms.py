@@ -288,6 +288,23 @@ def test_x64_switched_on_between_calls(recipe, implementation):
     assert_all_close(f(*x), expected)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("recipe", ["train8", "sagebwd"])
+def test_without_implicit_rank_or_dtype_promotion(recipe, implementation):
+    x = inputs(3)  # a batch that nothing else here has: nothing may come from a cache
+    masks = dict(
+        mask=jnp.ones((T, S), bool),
+        bias=jnp.ones(S),
+        key_value_seq_lengths=jnp.array([S, 5, 0]),
+        query_segment_ids=jnp.zeros((3, T), jnp.int32),
+        key_value_segment_ids=jnp.zeros((3, S), jnp.int32),
+    )
+    f = functools.partial(gradients, recipe=recipe, implementation=implementation, **masks)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        got = f(*x)
+    assert_all_same(got, f(*x))
+
+
 def test_eval_shape_runs_nothing():
     types = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs(B)]
     out = jax.eval_shape(gradients, *types)
