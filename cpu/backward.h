@@ -85,9 +85,13 @@ struct Block {  // 64 queries of one head, at most `count` of them real
       keys[r] = visible_interval(p.masks, s.S, b, first + r);
       if (keys[r].begin < range.begin) range.begin = keys[r].begin;
       if (keys[r].end > range.end) range.end = keys[r].end;
-      load_row(to, p.dout, ((b * s.T + first + r) * s.N + n) * s.H, s.H, s.Hp);
+      int64_t at = ((b * s.T + first + r) * s.N + n) * s.H;
+      load_row(to, p.out, at, s.H, s.Hp);
+      bool sound = all_finite(to, s.Hp);
+      load_row(to, p.dout, at, s.H, s.Hp);
       float l = p.l[row(r)];
-      poisoned[r] = !all_finite(to, s.Hp) || !is_finite(l) || !is_finite(p.dlse[row(r)]);
+      sound &= all_finite(to, s.Hp) && is_finite(l) && is_finite(p.dlse[row(r)]);
+      poisoned[r] = !sound;
       if (poisoned[r]) {
         __builtin_memset(to, 0, s.Hp * sizeof(float));
         continue;

@@ -1,57 +1,76 @@
-"""`vmap`: the mapped axis becomes part of the batch axis, so that one kernel call serves all of it.
+"""`vmap`: mapped axes become part of the batch axis, so that one kernel call serves all of them.
 
 Batch rows never influence each other, so folding V mapped copies of a batch of B into one of V·B is
-exact.
+exact. Each device folds its own part: until an operation is split over devices a mapped axis stays
+an axis of its own, because V·B can't be split where only B is.
 
 A *layout* is a string with one letter an axis, for operands and results alike, read here and in
 `_sharding.py`: `B` batch, `N` query heads, `K` key/value heads, small letters where the axis may
-also have size 1 and broadcast, `.` any other axis. Arrays whose axes all have size 0 stand for
-operands that were not given.
+also have size 1 and broadcast, `.` any other axis. Mapped axes come first, as digits.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 
-def absent(x) -> bool:
-    """Whether x stands for an operand that was not given."""
-    return not any(x.shape)
-
-
-def foldable(fun, layouts: str):
-    """fun with a `vmap` rule: any mapped axis, nested, any operands unmapped.
+def foldable(fun, split, operand_layouts: tuple[str, ...], result_layouts: tuple[str, ...]):
+    """split(fun, operand_layouts, result_layouts) with a `vmap` rule: any mapped axis, nested, any
+    operands unmapped.
 
     Args:
       fun: maps arrays to a tuple of arrays; batch is axis 0 of each.
-      layouts: of its operands, separated by spaces; the first one is never absent.
+      split: splits a function of arrays with these layouts over devices (`_sharding.split`).
+      operand_layouts, result_layouts: of fun; the first operand's batch never broadcasts.
     """
-    wrapped = jax.custom_batching.custom_vmap(fun)
-    may_broadcast = [layout[0].islower() for layout in layouts.split()]
 
-    def fold(x, mapped, keeps_one_row, copies, batch):
-        """[V, B, ...] (mapped) or [B, ...] -> [V·B, ...]; one row that serves all stays one."""
-        if absent(x[0] if mapped else x):
-            return x[0] if mapped else x
-        if not mapped:
-            if keeps_one_row and x.shape[0] == 1:
+    @functools.cache
+    def mapped_by(ins, outs):
+        depth = outs[0].index("B")
+        axis = chr(ord("0") + depth)
+        wrapped = jax.custom_batching.custom_vmap(split(_folding(fun, ins, depth), ins, outs))
+
+        @wrapped.def_vmap
+        def _(copies, mapped, *operands):
+            del copies
+            deeper = mapped_by(
+                tuple(axis * m + layout for m, layout in zip(mapped, ins, strict=True)),
+                tuple(axis + layout for layout in outs),
+            )
+            return deeper(*operands), (True,) * len(outs)
+
+        return wrapped
+
+    return mapped_by(operand_layouts, result_layouts)
+
+
+def _folding(fun, layouts, depth):
+    """fun on operands with `depth` mapped axes, outermost first, that some of them lack."""
+    if depth == 0:
+        return fun
+    axes = [chr(ord("0") + n) for n in reversed(range(depth))]
+
+    def run(*operands):
+        sizes = {}
+        for layout, x in zip(layouts, operands, strict=True):
+            sizes.update(zip(layout, x.shape, strict=True))
+        copies = tuple(sizes[axis] for axis in axes)
+        batch = operands[0].shape[layouts[0].index("B")]
+
+        def fold(layout, x):
+            """[V, B, ...] or [B, ...] -> [V·B, ...]; one row that serves all stays one."""
+            own = x.shape[sum(axis in layout for axis in axes) :]
+            if layout[0] == "b" and own[0] == 1:
                 return x
-            x = jnp.broadcast_to(x, (copies, *x.shape))
-        if x.shape[1] != batch:
-            x = jnp.broadcast_to(x, (copies, batch, *x.shape[2:]))
-        return x.reshape(copies * batch, *x.shape[2:])
+            x = x.reshape(*(sizes[axis] if axis in layout else 1 for axis in axes), *own)
+            x = jnp.broadcast_to(x, (*copies, batch, *own[1:]))
+            return x.reshape(math.prod(copies) * batch, *own[1:])
 
-    def unfold(x, copies, batch):
-        if absent(x):
-            return jnp.broadcast_to(x, (copies, *x.shape))
-        return x.reshape(copies, batch, *x.shape[1:])
+        results = fun(*map(fold, layouts, operands))
+        return tuple(x.reshape(*copies, batch, *x.shape[1:]) for x in results)
 
-    @wrapped.def_vmap
-    def _(copies, mapped, *operands):
-        batch = operands[0].shape[1 if mapped[0] else 0]
-        columns = zip(operands, mapped, may_broadcast, strict=True)
-        results = wrapped(*(fold(*column, copies, batch) for column in columns))
-        return tuple(unfold(x, copies, batch) for x in results), (True,) * len(results)
-
-    return wrapped
+    return run

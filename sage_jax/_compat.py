@@ -7,9 +7,20 @@ import re
 
 import jax
 from jax import shard_map
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
-__all__ = ["explicit_mesh", "ffi_api_minor", "result_type", "shard_map", "vary_over", "varying"]
+__all__ = [
+    "SPLITS_MAPPED_AXES",
+    "ffi_api_minor",
+    "result_type",
+    "shard_map",
+    "typed_mesh",
+    "vary_over",
+    "varying",
+]
+
+# Whether `vmap` lets its rules use the explicit mesh axes over which the mapped axis is split.
+SPLITS_MAPPED_AXES = jax.__version_info__ >= (0, 9, 1)
 
 
 def varying(x) -> frozenset:
@@ -34,14 +45,19 @@ def vary_over(x, axes: frozenset):
 
 
 def result_type(like, shape, dtype):
-    """A type with this shape and dtype that keeps the manual axes of `like`."""
-    return jax.typeof(like).update(shape=tuple(shape), dtype=dtype)
+    """A type with this shape and dtype, whole on explicit axes, with the manual axes of `like`."""
+    kind = jax.typeof(like)
+    sharding = kind.sharding.update(spec=PartitionSpec(*(None,) * len(shape)))
+    return kind.update(shape=tuple(shape), dtype=dtype, sharding=sharding)
 
 
-def explicit_mesh(x):
-    """The abstract mesh of x if x is typed with axes that are explicit there, otherwise None."""
-    mesh = jax.typeof(x).sharding.mesh
-    return mesh if AxisType.Explicit in mesh.axis_types else None
+def typed_mesh(*arrays):
+    """The mesh with Explicit or Manual axes that the arrays' types name, or None."""
+    for x in arrays:
+        mesh = jax.typeof(x).sharding.mesh
+        if set(mesh.axis_types) - {AxisType.Auto}:
+            return mesh
+    return None
 
 
 def ffi_api_minor() -> int:

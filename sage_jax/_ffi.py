@@ -48,6 +48,14 @@ NO_BIAS_ON_CUDA = (
 )
 
 
+def other_platform(implementation):
+    return (
+        f"implementation={implementation!r} was asked for, but the program is compiled for another "
+        f"platform; place the arrays on a {implementation} device, or use implementation=None or "
+        "'reference'."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The static part of a call.
@@ -313,36 +321,61 @@ def _by_platform(name, settings: Settings, *operands):
             native["cpu"] = specification
     if chosen is None:
         return jax.lax.platform_dependent(*operands, **native, default=specification)
-    sentence = (
-        f"implementation={chosen!r} was asked for, but the program is compiled for another "
-        f"platform; place the arrays on a "
-        f"{chosen} device, or use implementation=None or 'reference'."
-    )
     return jax.lax.platform_dependent(
-        *operands, **{chosen: native[chosen]}, default=refuse(sentence)
+        *operands, **{chosen: native[chosen]}, default=refuse(other_platform(chosen))
     )
+
+
+def _given_results(name, settings: Settings, given):
+    """Which results an operation with these operands has; the others are zero-size."""
+    if name == "quantize_kv":
+        return (True,) * 5 + (settings.dp is not None, settings.dp == "int8")
+    if name == "attend_backward":
+        return True, True, True, given[-1]
+    return (True,) * len(LAYOUTS[name][1].split())
 
 
 @functools.lru_cache(maxsize=1024)
-def operation(name: str, settings: Settings):
-    """An operation of `docs/abi.md` as a function of its operands, giving a tuple of its results.
+def _on(name: str, settings: Settings, given: tuple[bool, ...]):
+    """An operation as a function of the operands that are given, a tuple of the results that exist.
 
-    Absent operands and results are None here and zero-size arrays inside: XLA crashes on zero-size
-    arrays at the edge of a `shard_map`.
+    Zero-size arrays stand for the others inside only: outside they could be residuals, and XLA
+    crashes on zero-size arrays at the edge of a `shard_map`.
     """
-    operand_layouts, result_layouts = LAYOUTS[name]
+    kept = _given_results(name, settings, given)
+    ins, outs = (tuple(layouts.split()) for layouts in LAYOUTS[name])
 
+    @jax.jit  # keeps the arrays made here inside
     def run(*operands):
-        return _dispatch(name, settings, *operands)
+        operands = iter(operands)
+        absent = dict(enumerate(no_masks(0, 0, 0), start=len(given) - 5))
+        absent[6] = jnp.zeros(0, jnp.float32)  # v_dp_scale, where V is kept in bf16
+        every = (next(operands) if there else absent[i] for i, there in enumerate(given))
+        return tuple(_only(kept, _dispatch(name, settings, *every)))
 
-    split = _sharding.partitioned(run, operand_layouts, result_layouts)
-    complete = _refusal.undifferentiable(_batching.foldable(split, operand_layouts))
+    run.__name__ = run.__qualname__ = name
+    splittable = _batching.foldable(run, _sharding.split, _only(given, ins), _only(kept, outs))
+    complete = _refusal.undifferentiable(splittable)
 
     def entry(*operands):
-        nothing = dict(enumerate(no_masks(0, 0, 0), start=len(operands) - 5))
-        nothing[6] = jnp.zeros(0, jnp.float32)  # v_dp_scale, absent where V is kept in bf16
-        results = complete(*(nothing[i] if x is None else x for i, x in enumerate(operands)))
-        return tuple(None if _batching.absent(x) else x for x in results)
+        results = iter(complete(*operands))
+        return tuple(next(results) if there else None for there in kept)
 
     entry.__name__ = entry.__qualname__ = name  # seen in profiles and program texts
     return jax.jit(entry)
+
+
+def _only(given, values):
+    return tuple(x for there, x in zip(given, values, strict=True) if there)
+
+
+def operation(name: str, settings: Settings):
+    """An operation of `docs/abi.md` as a function of its operands, giving a tuple of its results;
+    absent operands and results are None.
+    """
+
+    def call(*operands):
+        given = tuple(x is not None for x in operands)
+        return _on(name, settings, given)(*_only(given, operands))
+
+    return call

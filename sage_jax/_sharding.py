@@ -5,11 +5,11 @@ Three worlds, told apart by the axis types of the operands' mesh:
 - *Auto* axes (the compiler places data): every operation is a `custom_partitioning` with a Shardy
   rule. Query heads are the compound factor (K G), so that whole groups of query heads stay with
   their key/value head.
-- *Explicit* axes (types carry the sharding): `shard_map` around the whole differentiable function,
-  `split_explicitly`.
+- *Explicit* axes (types carry the sharding): a `shard_map` around every operation, inside the
+  differentiable function, so that neither derivatives nor their residuals cross its edge.
 - *Manual* axes (inside `shard_map` or `pmap`), or no mesh: plain calls.
 
-Layouts are the strings of `_batching.py`.
+On a mesh with axes of several types attention is split over the Explicit and Manual ones only. Layouts are the strings of `_batching.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sage_jax import _compat
-from sage_jax._batching import absent
 
 
 def _names(entry) -> tuple[str, ...]:
@@ -44,15 +43,13 @@ def _entry(names):
 
 
 def _letters(layout, x):
-    """(letter, size) of each axis of x; axes that are absent or broadcast count as `.`."""
-    if absent(x):
-        return [(".", size) for size in x.shape]
+    """(letter, size) of each axis of x; axes that broadcast count as `.`."""
     known = (c.upper() if not (c.islower() and n == 1) else "." for c, n in zip(layout, x.shape))
     return list(zip(known, x.shape, strict=True))
 
 
 def _sizes(layouts, arrays):
-    """Batch size and number of key/value heads, from whichever arrays have those axes."""
+    """The size that each letter stands for, from the first array that has it."""
     found = {}
     for layout, x in zip(layouts, arrays, strict=True):
         for letter, size in _letters(layout, x):
@@ -72,12 +69,13 @@ def _dividing(names, size, mesh_shape, used=()):
 
 
 def _choose(layouts, arrays, specs, mesh_shape):
-    """Mesh axes over which to split {B: batch, N: query heads, K: key/value heads}.
+    """Mesh axes over which to split batch, mapped axes, query heads and key/value heads, by letter.
 
     They are those of the first array that is split there, as far as whole groups of heads allow. A
     single key/value head (multi-query attention) stays whole while its query heads are split.
     """
     sizes = _sizes(layouts, arrays)
+    chosen, used = {}, ()
 
     def first(letters):
         for layout, x, spec in zip(layouts, arrays, specs, strict=True):
@@ -86,15 +84,13 @@ def _choose(layouts, arrays, specs, mesh_shape):
                     return _names(entry)
         return ()
 
-    batch = _dividing(first("B"), sizes["B"], mesh_shape)
+    for letter in ("B", *sorted(set(sizes) - set("BNK."))):
+        chosen[letter] = _dividing(first(letter), sizes[letter], mesh_shape, used)
+        used += chosen[letter]
     if sizes["K"] == 1:
-        return {
-            "B": batch,
-            "N": _dividing(first("N"), sizes.get("N", 1), mesh_shape, batch),
-            "K": (),
-        }
-    heads = _dividing(first("NK"), sizes["K"], mesh_shape, batch)
-    return {"B": batch, "N": heads, "K": heads}
+        return chosen | {"N": _dividing(first("N"), sizes.get("N", 1), mesh_shape, used), "K": ()}
+    heads = _dividing(first("NK"), sizes["K"], mesh_shape, used)
+    return chosen | {"N": heads, "K": heads}
 
 
 def _padded(spec, x):
@@ -103,10 +99,24 @@ def _padded(spec, x):
 
 
 def _spec(layout, x, chosen):
-    """PartitionSpec of x when batch and heads are split over the chosen axes and nothing else is
-    split.
-    """
+    """PartitionSpec of x when it is split over the chosen axes and nothing else is split."""
     return PartitionSpec(*(_entry(chosen.get(letter)) for letter, _ in _letters(layout, x)))
+
+
+def _summed(fun, result_layouts, chosen):
+    """fun on one device's part. Gradients of a single key/value head are summed over the devices
+    that share it.
+    """
+    shared = () if chosen["N"] == chosen["K"] else chosen["N"]
+
+    def body(*operands):
+        results = fun(*operands)
+        if not shared:
+            return results
+        pairs = zip(result_layouts, results, strict=True)
+        return tuple(x if "N" in c or "K" not in c else lax.psum(x, shared) for c, x in pairs)
+
+    return body
 
 
 # ---------------------------------------------------------------------------------------- Auto axes
@@ -124,7 +134,7 @@ def _rule(operand_layouts, result_layouts, mesh, operand_types, result_types):
     results = [_Shaped(t) for t in result_types]
     sizes = _sizes(operand_layouts, operands)
     kv_heads, heads = sizes["K"], sizes.get("N", sizes["K"])
-    whole_groups = kv_heads % math.prod(mesh.shape.values()) == 0
+    whole_groups = kv_heads > 1 and kv_heads % math.prod(mesh.shape.values()) == 0
     counter = itertools.count()
 
     def mapping(layout, x):
@@ -135,6 +145,8 @@ def _rule(operand_layouts, result_layouts, mesh, operand_types, result_types):
                 return "k"
             if letter == "N":
                 return CompoundFactor("k", "g") if whole_groups else "n"
+            if letter != ".":
+                return f"v{letter}"
             return f"u{next(counter)}"
 
         return ArrayMapping(*(factor(letter) for letter, _ in _letters(layout, x)))
@@ -168,30 +180,15 @@ def _partition(fun, operand_layouts, result_layouts, mesh, operands, results):
     place = lambda layout, x: NamedSharding(mesh, _spec(layout, x, chosen))  # noqa: E731
     ins = tuple(map(place, operand_layouts, operands))
     outs = tuple(map(place, result_layouts, results))
-    shared = () if chosen["N"] == chosen["K"] else chosen["N"]
-
-    def body(*xs):
-        """Gradients of a single key/value head are summed over the devices that share it."""
-        partial = fun(*xs)
-        if not shared:
-            return partial
-        pairs = zip(result_layouts, partial, strict=True)
-        return tuple(
-            x if "N" in c.upper() or "K" not in c else lax.psum(x, shared) for c, x in pairs
-        )
-
-    return mesh, body, outs, ins
+    return mesh, _summed(fun, result_layouts, chosen), outs, ins
 
 
-def partitioned(fun, operand_layouts: str, result_layouts: str):
-    """fun(*arrays) -> tuple of arrays, split over batch and heads where a mesh with Auto axes says
-    so.
-    """
-    ins, outs = tuple(operand_layouts.split()), tuple(result_layouts.split())
+def _partitioned(fun, operand_layouts, result_layouts):
+    """fun, split where a mesh with Auto axes says so."""
     wrapped = custom_partitioning(fun)
     wrapped.def_partition(
-        partition=functools.partial(_partition, fun, ins, outs),
-        sharding_rule=functools.partial(_rule, ins, outs),
+        partition=functools.partial(_partition, fun, operand_layouts, result_layouts),
+        sharding_rule=functools.partial(_rule, operand_layouts, result_layouts),
     )
     return wrapped
 
@@ -211,26 +208,88 @@ def align(*arrays):
     return tuple(x if x is None else _compat.vary_over(x, axes) for x in arrays)
 
 
-def split_explicitly(fun, operand_layouts: str, operands, key):
-    """fun(*operands), inside `shard_map` if the operands are typed with explicit mesh axes.
+def split(fun, operand_layouts: tuple[str, ...], result_layouts: tuple[str, ...]):
+    """fun(*arrays) -> tuple of arrays, split over batch, mapped axes and heads where a mesh with
+    Auto or Explicit axes says so.
+    """
+    partitioned = _partitioned(fun, operand_layouts, result_layouts)
+
+    def run(*operands):
+        mesh = _compat.typed_mesh(*operands)
+        if mesh is None:
+            return partitioned(*operands)
+        specs = _typed_specs(operands)
+        chosen = _choose(operand_layouts, operands, specs, dict(mesh.shape))
+        if not _compat.SPLITS_MAPPED_AXES and any(chosen[c] for c in set(chosen) - set("BNK")):
+            raise ValueError(
+                f"JAX {jax.__version__} can't map attention over an axis that is split over an "
+                "explicit mesh axis; upgrade to 0.9.1, or make the mapped axis whole with "
+                "jax.sharding.reshard(...)."
+            )
+        axis_names = _made_manual(mesh, frozenset(itertools.chain(*chosen.values())))
+        if axis_names is None:
+            return fun(*operands)
+        in_specs = tuple(_spec(c, x, chosen) for c, x in zip(operand_layouts, operands))
+        out_specs = tuple(
+            PartitionSpec(*(_entry(chosen.get(letter)) for letter in layout))
+            for layout in result_layouts
+        )
+        body = _summed(lambda *xs: fun(*align(*xs)), result_layouts, chosen)
+        local = _compat.shard_map(
+            body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axis_names
+        )
+        return local(*_placing(mesh, in_specs)(*operands))
+
+    return run
+
+
+def _made_manual(mesh, used):
+    """Argument `axis_names` of the `shard_map` around an operation that is split over the explicit
+    axes `used`, or None where there is nothing to make manual.
+
+    Inside another `shard_map` Auto axes become manual too: there `custom_partitioning` is not told
+    how its operands are split.
+    """
+    if AxisType.Manual not in mesh.axis_types:
+        return frozenset()  # all axes, but for those that an outer `vmap` maps over
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return used | {name for name, kind in kinds if kind == AxisType.Auto} or None
+
+
+def _typed_specs(arrays):
+    return [_padded(jax.typeof(x).sharding.spec, x) for x in arrays]
+
+
+@functools.lru_cache(maxsize=256)
+def _placing(mesh, specs):
+    """A function that gives arrays these specs in their types."""
+
+    def place(x, spec):
+        if _padded(jax.typeof(x).sharding.spec, x) == tuple(spec):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+    return jax.jit(lambda *arrays: tuple(map(place, arrays, specs)))
+
+
+def settle(operand_layouts: str, operands):
+    """The operands as they can be split over explicit mesh axes, and a function that gives
+    attention's results, out [B, T, N, H] and lse [B, N, T], the query's own sharding.
 
     Args:
-      fun: gives out [B, T, N, H] and lse [B, N, T].
       operands: query, key and value first, None where absent.
-      key: hashable; calls with equal keys have equal `fun`s, so that their compiled code is shared.
 
     Raises:
       ValueError: an operand is split over an axis other than batch and heads.
     """
-    given = tuple(i for i, x in enumerate(operands) if x is not None)
-    arrays = [operands[i] for i in given]
-    mesh = next((m for m in map(_compat.explicit_mesh, arrays) if m is not None), None)
+    given = [x for x in operands if x is not None]
+    mesh = _compat.typed_mesh(*given)
     if mesh is None:
-        return fun(*operands)
-    layouts = [operand_layouts.split()[i] for i in given]
-    specs = [_padded(jax.typeof(x).sharding.spec, x) for x in arrays]
+        return operands, lambda *results: results
+    layouts = [c for c, x in zip(operand_layouts.split(), operands, strict=True) if x is not None]
+    specs = _typed_specs(given)
     for name, layout, x, spec in zip(
-        ("query", "key", "value"), layouts, arrays, specs, strict=False
+        ("query", "key", "value"), layouts, given, specs, strict=False
     ):
         for axis, entry in enumerate(spec):
             if layout[axis] == "." and _names(entry):
@@ -240,45 +299,9 @@ def split_explicitly(fun, operand_layouts: str, operands, key):
                     "over batch and heads only; use jax.sharding.reshard(...) first, or ring "
                     "attention."
                 )
-    chosen = _choose(layouts, arrays, specs, dict(mesh.shape))
-    wanted = tuple(_spec(c, x, chosen) for c, x in zip(layouts, arrays, strict=True))
-    run = _explicit_call(_Keyed(fun, key), mesh, given, len(operands), wanted, specs[0])
-    return run(*arrays)
-
-
-class _Keyed:
-    """A function that equals another one if their keys do."""
-
-    def __init__(self, fun, key):
-        self.fun, self.key = fun, key
-
-    def __eq__(self, other):
-        return isinstance(other, _Keyed) and self.key == other.key
-
-    def __hash__(self):
-        return hash(self.key)
-
-
-@functools.lru_cache(maxsize=256)
-def _explicit_call(keyed, mesh, given, count, in_specs, query_spec):
-    """The compiled split call; its results are typed as the query is."""
-    batch, _, heads, _ = in_specs[0]
-
-    def local(*arrays):
-        present = dict(zip(given, arrays, strict=True))
-        return keyed.fun(*map(present.get, range(count)))
-
-    out_specs = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, heads, None)
-    split = _compat.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-
-    def place(x, spec):
-        if _padded(jax.typeof(x).sharding.spec, x) == tuple(spec):
-            return x
-        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
-
-    @jax.jit
-    def run(*arrays):
-        out, lse = split(*map(place, arrays, in_specs))
-        return place(out, query_spec), place(lse, (query_spec[0], query_spec[2], None))
-
-    return run
+    chosen = _choose(layouts, given, specs, dict(mesh.shape))
+    wanted = tuple(_spec(c, x, chosen) for c, x in zip(layouts, given, strict=True))
+    settled = iter(_placing(mesh, wanted)(*given))
+    batch, _, heads, _ = specs[0]
+    query_specs = PartitionSpec(*specs[0]), PartitionSpec(batch, heads, None)
+    return tuple(x if x is None else next(settled) for x in operands), _placing(mesh, query_specs)

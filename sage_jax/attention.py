@@ -75,25 +75,6 @@ def dot_product_attention(
 
     Sources: SageAttention2 (arXiv 2411.10958) for the forward pass; docs/numerics.md for `train8`.
     """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    (
-        bias,
-        mask,
-        query_seq_lengths,
-        key_value_seq_lengths,
-        query_segment_ids,
-        key_value_segment_ids,
-    ) = (
-        None if x is None else jnp.asarray(x)
-        for x in (
-            bias,
-            mask,
-            query_seq_lengths,
-            key_value_seq_lengths,
-            query_segment_ids,
-            key_value_segment_ids,
-        )
-    )
     planned = support.plan(
         query,
         key,
@@ -112,6 +93,7 @@ def dot_product_attention(
         causal_alignment=causal_alignment,
         deterministic=deterministic,
     )
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     guard = _refusal.reverse_mode_only
     q, k, v = (guard(_leading_axes(x, 4)) for x in (query, key, value))
     if (
@@ -126,12 +108,9 @@ def dot_product_attention(
         _optional(mask, 4, jnp.bool_),
         None if bias is None else guard(_optional(bias, 4, jnp.float32)),
     )
-
-    def attend(q, k, v, *masks):
-        q, k, v, *masks = _sharding.align(q, k, v, *masks)
-        return _vjp.attention(planned.settings, q, k, v, Masks(*masks))
-
-    out, lse = _sharding.split_explicitly(attend, _OPERANDS, (q, k, v, *masks), planned.settings)
+    operands, restore = _sharding.settle(_OPERANDS, (q, k, v, *masks))
+    q, k, v, *masks = _sharding.align(*operands)
+    out, lse = restore(*_vjp.attention(planned.settings, q, k, v, Masks(*masks)))
     out, lse = out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
     if query.ndim == 3:
         out, lse = jnp.squeeze(out, 0), jnp.squeeze(lse, 0)
@@ -144,7 +123,7 @@ def _leading_axes(x, ndim):
 
 def _optional(x, ndim, dtype):
     """x with leading axes of size 1 added, or None."""
-    return None if x is None else _leading_axes(x, ndim).astype(dtype)
+    return None if x is None else _leading_axes(jnp.asarray(x), ndim).astype(dtype)
 
 
 def _bounds(q, k, query_lengths, key_lengths, causal_alignment):
@@ -154,7 +133,7 @@ def _bounds(q, k, query_lengths, key_lengths, causal_alignment):
     def valid(lengths, tokens):
         if lengths is None:
             return jnp.full((batch,), tokens, jnp.int32)
-        return jnp.clip(lengths, 0, tokens).astype(jnp.int32)
+        return jnp.clip(jnp.asarray(lengths), 0, tokens).astype(jnp.int32)
 
     q_len, kv_len = valid(query_lengths, queries), valid(key_lengths, keys)
     offset = kv_len - q_len if causal_alignment == "bottom_right" else jnp.zeros_like(q_len)

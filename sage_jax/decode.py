@@ -24,6 +24,7 @@ Shapes: B batch, T new tokens, S capacity, N query heads, K key/value heads, H h
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -185,7 +186,8 @@ def attend(
     _check_query(cache, query, mask)
     batch, tokens, heads, head_dim = query.shape
     if positions is None:
-        positions = cache.length[..., None] - tokens + jnp.arange(tokens, dtype=jnp.int32)
+        positions = jnp.arange(tokens, dtype=jnp.int32)[None] - tokens
+        positions = jnp.reshape(cache.length, (-1, 1)) + positions
     if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
         raise ValueError(
             f"positions should have shape [{tokens}] or [{batch}, {tokens}], but got "
@@ -215,7 +217,7 @@ def _attend_block(cache, query, positions, mask, scale, left, right):
     scores = _dot("btkgh,bksh->bkgts", grouped, cache.k8, compute)
     scores = scores * (scale * cache.k_scale[:, :, None, None, :])
 
-    j = jnp.arange(cache.capacity, dtype=jnp.int32)
+    j = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None]
     seen = j < jnp.reshape(cache.length, (-1, 1, 1))
     diagonal = j - positions[..., None]
     if left < OPEN:
@@ -277,7 +279,7 @@ def _finite_mean(k, count):
     """Mean [B, K, H] of the first `count` ([] or [B]) tokens of k [B, K, T, H] that hold neither
     NaN nor Inf.
     """
-    j = jnp.arange(k.shape[2], dtype=jnp.int32)
+    j = jnp.arange(k.shape[2], dtype=jnp.int32)[None]
     valid = (j < jnp.reshape(count, (-1, 1)))[:, None] & jnp.all(jnp.isfinite(k), axis=-1)
     number = jnp.maximum(jnp.sum(valid, axis=-1), 1)
     total = jnp.sum(jnp.where(valid[..., None], k, 0.0), axis=2)
@@ -305,13 +307,18 @@ def _write(buffer, new, start):
 
 def _window(local_window_size) -> tuple[int, int]:
     """(left, right) with `OPEN` for an open side."""
-    pair = local_window_size
-    if pair is None or isinstance(pair, int):
-        pair = (pair, pair)
-    left, right = (OPEN if side is None else side for side in pair)
+    given = local_window_size
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    try:
+        left, right = (OPEN if side is None else operator.index(side) for side in pair)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"local_window_size={given!r} is not supported; give one int, or (left, right) where "
+            "None leaves a side open."
+        ) from None
     if left < 0 or right < 0:
         raise ValueError(
-            f"local_window_size={local_window_size!r} has a negative side; use numbers from 0 "
+            f"local_window_size={given!r} has a negative side; use numbers from 0 "
             "up, or None for an open side."
         )
     return left, right

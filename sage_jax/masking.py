@@ -48,8 +48,8 @@ def visible(
     masks: Masks, queries: int, keys: int, window_left: int = OPEN, window_right: int = OPEN
 ) -> jax.Array:
     """Boolean [B, N|1, T, S]: whether query i sees key j."""
-    i = jnp.arange(queries, dtype=jnp.int32)[:, None]
-    j = jnp.arange(keys, dtype=jnp.int32)[None, :]
+    i = jnp.arange(queries, dtype=jnp.int32)[None, :, None]
+    j = jnp.arange(keys, dtype=jnp.int32)[None, None, :]
     q_len, kv_len, offset = (masks.bounds[:, n, None, None] for n in range(3))
     seen = (i < q_len) & (j < kv_len)
     diagonal = j - i - offset

@@ -15,7 +15,8 @@ from jax import lax
 
 TILE = 64  # keys that share an INT8 scale
 TINY = np.float32(2.0**-110)  # groups whose largest magnitude is below this are zero
-PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15])
+PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], np.int32)
+PI_INVERSE = np.argsort(PI).astype(np.int32)  # int32 with and without jax_enable_x64
 E4M3_MAX = 448.0
 BAD_CODE = -128  # first code of a key with a NaN or Inf
 BAD_ZERO_SCALE = np.float32(-(2.0**-126))  # scale of a tile that is zero and holds a bad key
@@ -128,7 +129,7 @@ def transpose_tokens(x: jax.Array) -> jax.Array:
 def untranspose_tokens(x: jax.Array, tokens: int) -> jax.Array:
     """The inverse of `transpose_tokens`: [..., H, Sp] -> [..., S, H]."""
     groups = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 16)
-    x = groups[..., np.argsort(PI)].reshape(x.shape)
+    x = groups[..., PI_INVERSE].reshape(x.shape)
     return jnp.swapaxes(x, -1, -2)[..., :tokens, :]
 
 

@@ -72,7 +72,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp) -> QuantizedKV:
     """
     tokens = k.shape[1]
     k, v = _heads_first(k), _heads_first(v)
-    valid = (jnp.arange(tokens) < bounds[:, 1, None])[:, None, :]
+    valid = (jnp.arange(tokens)[None] < bounds[:, 1, None])[:, None, :]
     finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     bad = valid & ~finite
     used = (valid & finite)[..., None]
@@ -132,7 +132,7 @@ def quantize_q(q, k_mean, bounds, *, q_block, scale) -> QuantizedQ:
     """
     tokens = q.shape[1]
     q = _heads_first(q)
-    valid = (jnp.arange(tokens) < bounds[:, 0, None])[:, None, :]
+    valid = (jnp.arange(tokens)[None] < bounds[:, 0, None])[:, None, :]
     finite = jnp.all(jnp.isfinite(q), axis=-1)
     q = jnp.where((valid & finite)[..., None], q, 0.0)
     amax = jnp.repeat(qz.group_amax(q, 2, q_block), q_block, axis=-1)[..., :tokens]
@@ -304,17 +304,19 @@ def attend_backward(
     else:
         delta = jnp.sum(dout * out, axis=-1) - dlse
 
-    e = jnp.where(poisoned[..., None] & seen, jnp.nan, e)
     if backward == "train8":
         dq, dk, dv = _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim, dp)
     else:
         dq, dk, dv = _sagebwd(qq, kv, e, d_p, delta, dout, inverse_l, scale)
     dq = dq + np.float32(scale) * dlse[..., None] * kv.k_mean[:, :, None, None, :]
+    spoiled = poisoned[..., None] & seen
     dq = jnp.where(poisoned[..., None], jnp.nan, dq)
+    dk, dv = (jnp.where(jnp.any(spoiled, axis=(2, 3))[..., None], jnp.nan, x) for x in (dk, dv))
 
     dlogits = jnp.zeros((0, 0, 0, 0), F32)
     if with_dlogits:
-        dlogits = _ungroup(e * (d_p - delta[..., None]) * inverse_l[..., None])
+        dlogits = e * (d_p - delta[..., None]) * inverse_l[..., None]
+        dlogits = _ungroup(jnp.where(spoiled, jnp.nan, dlogits))
     return (
         _tokens_first(_ungroup(dq), head_dim, dtypes[0]),
         _tokens_first(dk, head_dim, dtypes[1]),

@@ -67,6 +67,12 @@ def plan(
       ImportError: the native module that the call needs was not built.
     """
     del return_residual
+    query, key, value = map(_shaped, ("query", "key", "value"), (query, key, value))
+    bias, mask = map(_optional, ("bias", "mask"), (bias, mask))
+    query_seq_lengths = _optional("query_seq_lengths", query_seq_lengths)
+    key_value_seq_lengths = _optional("key_value_seq_lengths", key_value_seq_lengths)
+    query_segment_ids = _optional("query_segment_ids", query_segment_ids)
+    key_value_segment_ids = _optional("key_value_segment_ids", key_value_segment_ids)
     B, T, N, S, _, H = _check_shapes(query, key, value)
     dtype = _check_dtypes(query, key, value)
     _check_logit_array("bias", bias, (B, N, T, S))
@@ -77,9 +83,12 @@ def plan(
             f"with .astype(bool), or pass an "
             "additive mask as bias."
         )
-    if bias is not None and not jnp.issubdtype(bias.dtype, jnp.number):
+    if bias is not None and not (
+        jnp.issubdtype(bias.dtype, jnp.floating) or jnp.issubdtype(bias.dtype, jnp.integer)
+    ):
         raise ValueError(
-            f"bias has dtype {bias.dtype}, but it must be numeric; pass a boolean mask as mask=."
+            f"bias has dtype {bias.dtype}, but only real numbers are supported; pass a boolean "
+            "mask as mask=."
         )
     three = len(query.shape) == 3
     _check_integers("query_seq_lengths", query_seq_lengths, [(B,)])
@@ -115,6 +124,25 @@ def plan(
         implementation=implementation,
     )
     return Plan(settings, chosen or recipes.DEFAULT_INFERENCE, fold_scale)
+
+
+def _shaped(name, x):
+    """x, or the shape and dtype of the array that JAX makes of a number, list or NumPy array."""
+    if hasattr(x, "shape") and not isinstance(x, (np.ndarray, np.generic)):
+        return x
+    try:
+        array = np.asarray(x)
+        if array.dtype.kind in "OSU":
+            raise TypeError
+        return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} should be an array or a list of numbers, but got {type(x).__name__}."
+        ) from None
+
+
+def _optional(name, x):
+    return None if x is None else _shaped(name, x)
 
 
 def _check_shapes(query, key, value):
@@ -257,6 +285,21 @@ def _check_implementation(implementation, has_bias, platform):
         )
 
 
+def _plan_for(platform, args, kwargs):
+    """The plan of a call. If no platform is given, the call is to run here."""
+    planned = plan(*args, platform=platform, **kwargs)
+    chosen = planned.settings.implementation
+    if platform is None and chosen in _ffi.PLATFORMS and chosen != _native_platform():
+        raise ValueError(_ffi.other_platform(chosen))
+    return planned
+
+
+def _native_platform(platform=None):
+    """The name by which native implementations call a platform, JAX's default one if none given."""
+    platform = platform or jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
+
+
 def supports(
     *args, differentiate: bool = False, platform: str | None = None, **kwargs
 ) -> str | None:
@@ -265,13 +308,14 @@ def supports(
     Args:
       *args, **kwargs: those of the function; arrays may be `jax.ShapeDtypeStruct`.
       differentiate: whether gradients will be taken.
-      platform: "cpu", "cuda", ...; by default that of JAX's default backend.
+      platform: "cpu", "cuda", ...: the one to compile for, here or elsewhere; by default that of
+        JAX's default backend.
 
     Returns:
       None if it would, otherwise the sentence that the function would raise.
     """
     try:
-        planned = plan(*args, platform=platform, **kwargs)
+        planned = _plan_for(platform, args, kwargs)
         if differentiate:
             _vjp.check_differentiable(planned.settings.recipe)
     except (ValueError, TypeError, ImportError) as error:
@@ -289,6 +333,8 @@ class Explanation:
       recipe: of the forward pass. training_recipe: under differentiation, or None if that raises.
       kernels: the operations, in order, of the forward pass and then of the backward pass.
       head_dim: (given, stored): quantized tensors pad the head dimension.
+      architectures: those that the CUDA kernels here were built for. Which kernel serves a call is
+        decided when it runs, by the GPU.
     """
 
     platform: str
@@ -298,15 +344,19 @@ class Explanation:
     training_recipe: Recipe | None
     kernels: tuple[str, ...]
     head_dim: tuple[int, int]
+    architectures: tuple[str, ...] = ()
 
     def __str__(self):
-        lines = (
+        lines = [
             ("backend", f"{self.backend} ({self.reason})"),
             ("recipe", str(self.recipe)),
             ("gradients", str(self.training_recipe or "none: this recipe is for inference only")),
             ("kernels", " -> ".join(self.kernels)),
             ("head dim", f"{self.head_dim[0]}, stored as {self.head_dim[1]}"),
-        )
+        ]
+        if self.backend == "cuda":
+            built = ", ".join(f"sm_{name}" for name in self.architectures) or "not built here"
+            lines.append(("built for", f"{built}; the GPU decides at run time"))
         return "\n".join(f"{name:>9}: {text}" for name, text in lines)
 
 
@@ -315,10 +365,9 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
 
     Takes what `supports` takes and raises what the function would raise.
     """
-    platform = platform or jax.default_backend()
-    planned = plan(*args, platform=platform, **kwargs)
+    planned = _plan_for(platform, args, kwargs)
     settings = planned.settings
-    platform = "cuda" if platform == "gpu" else platform
+    platform = _native_platform(platform)
     if settings.implementation is not None:
         backend, reason = settings.implementation, "asked for"
     elif platform not in _ffi.PLATFORMS:
@@ -341,4 +390,10 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
         settings.recipe if trains else None,
         kernels,
         (settings.head_dim, recipes.padded_head_dim(settings.head_dim)),
+        _built_architectures() if backend == "cuda" else (),
     )
+
+
+def _built_architectures():
+    module = _ffi.load("cuda")
+    return tuple(module.built_architectures()) if module else ()

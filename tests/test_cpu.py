@@ -187,9 +187,15 @@ def check_forward(case, recipe):
         close(x, y, "float32", name)
 
 
-def check_backward(case, recipe, with_dlogits=False):
+def check_backward(case, recipe, with_dlogits=False, nan_at=None):
     (_, _, _, dout, dlse, masks), (kv, qq, _), (_, window, forward) = expected_forward(case, recipe)
     out, _, m, l = forward
+    if nan_at in ("out", "dout"):
+        out, dout = (x.at[0, 50, 1, 3].set(jnp.nan) if nan_at == name else x
+                     for name, x in (("out", out), ("dout", dout)))  # fmt: skip
+    elif nan_at:
+        l, dlse = (x.at[0, 1, 50].set(jnp.nan) if nan_at == name else x
+                   for name, x in (("l", l), ("dlse", dlse)))  # fmt: skip
     options = dict(
         backward=recipe.backward,
         dp=recipe.dp,
@@ -296,6 +302,13 @@ def test_nan_reaches_only_the_rows_that_see_it(recipe):
         nan = np.isnan(np.asarray(x))
         np.testing.assert_array_equal(nan.reshape(150, -1).all(1), sees_nan, err_msg=name)
         np.testing.assert_array_equal(nan.reshape(150, -1).any(1), sees_nan, err_msg=name)
+
+
+@pytest.mark.parametrize("nan_at", ["l", "out", "dout", "dlse"])
+@pytest.mark.parametrize("recipe", ["train8", "sagebwd"])
+def test_gradients_of_a_row_with_a_nan(recipe, nan_at):
+    case = next(case for case in cases.BIAS_CASES if case.name == "bias_row")
+    check_backward(case, PRESETS[recipe], with_dlogits=True, nan_at=nan_at)
 
 
 def test_same_bits_on_every_run():

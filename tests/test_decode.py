@@ -193,7 +193,14 @@ def test_ragged_prompts_equal_each_row_alone():
 
 
 @pytest.mark.parametrize(
-    "window,expected", [(3, (3, 3)), ((5, 0), (5, 0)), ((None, 2), (64, 2)), ((2, None), (2, 64))]
+    "window,expected",
+    [
+        (3, (3, 3)),
+        (np.int64(3), (3, 3)),
+        ((5, 0), (5, 0)),
+        ((None, 2), (64, 2)),
+        ((2, None), (2, 64)),
+    ],
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_windows(window, expected, causal):
@@ -201,6 +208,16 @@ def test_windows(window, expected, causal):
     out = attend(filled(k, v, 30), q, is_causal=causal, local_window_size=window)
     exact = exact_attention(q, k, v, is_causal=causal, local_window_size=expected)
     assert error(out, exact) < BOUND["float32"]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_without_implicit_rank_promotion(ragged):
+    q, k, v = inputs(2, 24, 4, 2, 64)
+    expected = decode.attend(decode.append(decode.init_cache(2, 30, 2, 64), k, v), q)
+    with jax.numpy_rank_promotion("raise"):
+        cache = decode.append(decode.init_cache(2, 30, 2, 64, ragged=ragged), k, v)
+        out = decode.attend(cache, q, mask=jnp.ones((24, 30), bool), local_window_size=24)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 24, 32), (1, 1, 24, 32), (4, 1, 32), (24, 32), (32,)])
@@ -325,6 +342,8 @@ def test_tokens_and_channels_of_a_cache_stay_whole():
         ("mask should be", lambda c, x: decode.attend(c, x, mask=jnp.ones((2, 2, 4, 4), bool))),
         ("positions should", lambda c, x: decode.attend(c, x, positions=jnp.arange(3))),
         ("negative side", lambda c, x: decode.attend(c, x, local_window_size=(-1, 0))),
+        ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=1.5)),
+        ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=(1, 2, 3))),
         ("capacity should be", lambda c, x: decode.init_cache(2, 0, 2, 64)),
     ],
 )

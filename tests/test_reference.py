@@ -120,14 +120,15 @@ def test_a_nan_reaches_the_rows_that_see_it_and_no_other(where):
     assert relative_l2(np.asarray(out)[~sees], np.asarray(clean[2])[~sees]) < 0.06
 
 
+@pytest.mark.parametrize("recipe", ["train8", "sagebwd"])
 @pytest.mark.parametrize("where", ["q", "dout", "dlse"])
-def test_a_nan_reaches_the_gradients_of_the_keys_its_row_sees_and_no_other(where):
+def test_a_nan_reaches_the_gradients_of_the_keys_its_row_sees_and_no_other(where, recipe):
     case = Case("causal", B=1, T=150, S=150, N=4, K=2, right=0)
     q, k, v, dout, dlse, masks = make_inputs(case)
     arrays = dict(q=q, k=k, v=v, dout=dout, dlse=dlse)
     at = (0, 1, 70) if where == "dlse" else (0, 70, 1)
     arrays[where] = arrays[where].at[at].set(jnp.nan)
-    ours = gradients(*arrays.values(), masks, TRAIN8, **window(case))
+    ours = gradients(*arrays.values(), masks, PRESETS[recipe], **window(case))
     poisoned_row, seen_keys = np.zeros((1, 150, 4), bool), np.zeros((1, 150, 2), bool)
     poisoned_row[0, 70, 1] = seen_keys[0, :71, 0] = True
     for gradient, expected in zip(ours[2:5], (poisoned_row, seen_keys, seen_keys)):

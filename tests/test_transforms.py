@@ -269,8 +269,40 @@ def test_shard_map_query_heads_share_a_replicated_key_head():
 def test_donation():
     q, k, v = inputs(B)
     expected = attend(q, k, v)
-    donated = jax.jit(attend, donate_argnums=0)(q.copy(), k, v)
-    assert_all_close(donated, expected)
+    given = q.copy()
+    program = jax.jit(attend, donate_argnums=0).lower(given, k, v).compile()
+    assert "input_output_alias" in program.as_text()  # the output takes the query's place
+    assert_all_close(program(given, k, v), expected)
+    assert given.is_deleted() and not q.is_deleted()
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("recipe", ["train8", "sagebwd"])
+def test_x64_switched_on_between_calls(recipe, implementation):
+    """What JAX has cached must not mix its 32-bit integers with 64-bit ones."""
+    x = inputs(B)
+    f = functools.partial(gradients, recipe=recipe, implementation=implementation)
+    expected = f(*x)
+    with jax.enable_x64(True):
+        assert_all_close(f(*x), expected)
+    assert_all_close(f(*x), expected)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("recipe", ["train8", "sagebwd"])
+def test_without_implicit_rank_or_dtype_promotion(recipe, implementation):
+    x = inputs(3)  # a batch that nothing else here has: nothing may come from a cache
+    masks = dict(
+        mask=jnp.ones((T, S), bool),
+        bias=jnp.ones(S),
+        key_value_seq_lengths=jnp.array([S, 5, 0]),
+        query_segment_ids=jnp.zeros((3, T), jnp.int32),
+        key_value_segment_ids=jnp.zeros((3, S), jnp.int32),
+    )
+    f = functools.partial(gradients, recipe=recipe, implementation=implementation, **masks)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        got = f(*x)
+    assert_all_same(got, f(*x))
 
 
 def test_eval_shape_runs_nothing():
