@@ -73,6 +73,8 @@ def test_equal_seeds_give_equal_batches(train_gpt):
     ("arguments", "told"),
     [
         (["--steps", "0"], "'0' is not a whole number from 1 up"),
+        (["--seed", "-1"], "'-1' is not a whole number from 0 to 4294967295"),
+        (["--seed", "4294967296"], "'4294967296' is not a whole number from 0 to 4294967295"),
         (["--learning-rate", "fast"], "'fast' is not a positive number"),
         (["--preset", "tpu"], "invalid choice: 'tpu'"),
         (["--head-dim", "31"], "--head-dim 31 is odd"),
@@ -81,13 +83,38 @@ def test_equal_seeds_give_equal_batches(train_gpt):
         (["--recipes", "sage2"], "sage2"),
         (["--text", "/nowhere"], "/nowhere is not a folder"),
         (["--prompt", ""], "--prompt is empty"),
+        (["--context", "1"], "--context 1 leaves a query nothing but itself"),
+        (["--context", "4"], "--prompt has 4 bytes"),
+        (["--context", "48", "--sample", "45"], "has room for 44 bytes after the prompt"),
+        (["--dtype", "float16"], "--dtype float16 needs a GPU"),
+        (["--implementation", "cuda"], "--implementation cuda does not run on JAX's default"),
         (["--exact", "cudnn"], "--exact cudnn needs a GPU and --dtype bfloat16 or float16"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_wrong_options_give_one_line(train_gpt, capsys, tmp_path, arguments, told):
+def test_wrong_options_give_one_line(train_gpt, capsys, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setattr(train_gpt.jax, "default_backend", lambda: "cpu")  # also where a GPU is
     common = ["--preset", "cpu", "--output", str(tmp_path)]
     assert told in error_line(train_gpt, capsys, *common, *arguments)
+
+
+def test_the_sample_fits_the_context_unless_told_otherwise(train_gpt):
+    parser = train_gpt._parser()
+    for context, length in ((48, 44), (512, 240)):
+        options = parser.parse_args(["--preset", "cpu", "--context", str(context)])
+        assert train_gpt._with_preset(parser, options).sample == length
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25])
+def test_any_number_of_steps_has_a_schedule(train_gpt, steps):
+    from gpt import training
+
+    optimizer = training._optimizer(steps, 1e-2)
+    parameters = {"matrix": np.ones((2, 2), np.float32)}
+    state = optimizer.init(parameters)
+    for _ in range(steps):
+        updates, state = optimizer.update(parameters, state, parameters)
+        assert 0 < np.abs(updates["matrix"]).max() <= 1.2e-2
 
 
 def test_a_folder_with_too_little_text_is_refused(train_gpt, capsys, tmp_path):
