@@ -17,6 +17,8 @@ namespace sage {
 SAGE_DECLARE_KERNELS(generic)
 #ifdef SAGE_HAS_avx2
 SAGE_DECLARE_KERNELS(avx2)
+#endif
+#ifdef SAGE_HAS_avx512
 SAGE_DECLARE_KERNELS(avx512)
 #endif
 
@@ -27,12 +29,14 @@ const Kernels* const* runnable() {
   static const Kernels* list[4] = {};
   static bool filled = [] {
     int count = 0;
-#ifdef SAGE_HAS_avx2
+#ifdef SAGE_HAS_avx512
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni");
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx512) list[count++] = &avx512::kKernels;
+#endif
+#ifdef SAGE_HAS_avx2
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (avx2) list[count++] = &avx2::kKernels;
 #endif
     list[count] = &generic::kKernels;

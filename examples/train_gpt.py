@@ -25,6 +25,7 @@ import sage_jax
 from gpt import report, sampling, text, training
 from gpt.model import GPT, Shape
 
+_SAMPLE = 240  # bytes of generated text
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -161,9 +162,41 @@ def _with_preset(parser: argparse.ArgumentParser, options: argparse.Namespace):
             f"--exact cudnn needs a GPU and --dtype bfloat16 or float16, but JAX runs on "
             f"{jax.default_backend()} and the type is {options.dtype}; use --exact xla"
         )
-    if not options.prompt:
-        parser.error("--prompt is empty; give at least one character to continue")
+    if options.dtype == "float16" and jax.default_backend() == "cpu":
+        parser.error(
+            "--dtype float16 needs a GPU, because the attention of jax.nn has no float16 products on "
+            "a CPU; use float32 or bfloat16"
+        )
+    platform_of = {"cpu": "cpu", "cuda": "gpu", "reference": jax.default_backend()}
+    if platform_of.get(options.implementation, jax.default_backend()) != jax.default_backend():
+        parser.error(
+            f"--implementation {options.implementation} does not run on JAX's default device, a "
+            f"{jax.default_backend()}; leave the option out, or choose reference"
+        )
+    _check_lengths(parser, options)
     return options
+
+
+def _check_lengths(parser: argparse.ArgumentParser, options: argparse.Namespace):
+    """Fills in --sample, and refuses a context that is too short for training or for the sample."""
+    prompt = len(options.prompt.encode())
+    if options.context < 2:
+        parser.error("--context 1 leaves a query nothing but itself to attend to; give at least 2")
+    if not prompt:
+        parser.error("--prompt is empty; give at least one character to continue")
+    if prompt >= options.context:
+        parser.error(
+            f"--prompt has {prompt} bytes, but a context of {options.context} must hold it and what "
+            "is generated after it"
+        )
+    room = options.context - prompt
+    if options.sample is None:
+        options.sample = min(_SAMPLE, room)
+    if options.sample > room:
+        parser.error(
+            f"--sample {options.sample} is too long: a context of {options.context} has room for "
+            f"{room} bytes after the prompt"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,10 +222,10 @@ def _parser() -> argparse.ArgumentParser:
         help="implementation of sage_jax; default: the best one for the device")  # fmt: skip
     add("--text", type=pathlib.Path, metavar="DIR",
         help="folder of *.py files, the text; default: Python's standard library")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="N", help="of parameters, batches and sample")
+    add("--seed", type=_seed, default=0, metavar="N", help="of parameters, batches and sample")
     add("--prompt", default="def ", help="start of the generated text; default: %(default)r")
-    add("--sample", type=_count, default=240, metavar="N",
-        help="bytes to generate; default: %(default)s")  # fmt: skip
+    add("--sample", type=_count, metavar="N",
+        help=f"bytes to generate; default: {_SAMPLE}, or what fits the context")  # fmt: skip
     add("--output", type=pathlib.Path, default=pathlib.Path("demo_output"), metavar="DIR",
         help="where loss.png and results.json go; default: %(default)s")  # fmt: skip
     return parser
@@ -206,6 +239,12 @@ class _OneLineErrors(argparse.ArgumentParser):
 def _count(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 1 up")
+    return int(word)
+
+
+def _seed(word: str) -> int:
+    if not word.isdecimal() or int(word) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 0 to 4294967295")
     return int(word)
 
 

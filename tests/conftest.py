@@ -4,7 +4,8 @@ import os
 
 FLAGS = {  # read by XLA when JAX starts its backend
     "--xla_force_host_platform_device_count": "8",
-    "--xla_backend_optimization_level": "1",  # half the time to compile the many small programs
+    "--xla_backend_optimization_level": "0",  # the many small programs take longest to compile
+    "--xla_gpu_autotune_level": "0",  # XLA's own products on a GPU are only compared with
 }
 given = os.environ.get("XLA_FLAGS", "")
 wanted = [f"{flag}={value}" for flag, value in FLAGS.items() if flag not in given]

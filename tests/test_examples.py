@@ -34,8 +34,9 @@ def test_a_tiny_run_writes_table_picture_and_numbers(train_gpt, capsys, tmp_path
     assert train_gpt.main([*TINY, "--output", str(tmp_path / "out"), "--prompt", "import "]) == 0
     said = capsys.readouterr().out
     header = next(line for line in said.splitlines() if line.startswith("attention"))
-    for column in ("train loss", "held-out loss", "difference", "tokens/s", "gradient error"):
+    for column in ("train loss", "held-out loss", "tokens/s", "gradient error"):
         assert column in header
+    assert header.count("difference") == 2
     assert "    import " in said  # the sample
 
     written = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -46,6 +47,9 @@ def test_a_tiny_run_writes_table_picture_and_numbers(train_gpt, capsys, tmp_path
         assert len(run["train_loss"]) == 6 and np.all(np.isfinite(run["train_loss"]))
         assert run["tokens_per_second"] > 0 and run["step_memory_bytes"] > 0
         assert run["held_out_loss"][-1][0] == 6
+    row = next(line for line in said.splitlines() if line.startswith("train8 ")).split()
+    for at, loss in ((1, "final_train_loss"), (3, "final_held_out_loss")):
+        assert row[at : at + 2] == [f"{ours[loss]:.4f}", f"{ours[loss] - exact[loss]:+.4f}"]
     # Same parameters and first batch: losses of step 1 agree but for what 8 bits take away.
     assert exact["train_loss"][0] == pytest.approx(ours["train_loss"][0], rel=2e-2)
     assert exact["train_loss"] != ours["train_loss"]
@@ -73,6 +77,8 @@ def test_equal_seeds_give_equal_batches(train_gpt):
     ("arguments", "told"),
     [
         (["--steps", "0"], "'0' is not a whole number from 1 up"),
+        (["--seed", "-1"], "'-1' is not a whole number from 0 to 4294967295"),
+        (["--seed", "4294967296"], "'4294967296' is not a whole number from 0 to 4294967295"),
         (["--learning-rate", "fast"], "'fast' is not a positive number"),
         (["--preset", "tpu"], "invalid choice: 'tpu'"),
         (["--head-dim", "31"], "--head-dim 31 is odd"),
@@ -81,13 +87,38 @@ def test_equal_seeds_give_equal_batches(train_gpt):
         (["--recipes", "sage2"], "sage2"),
         (["--text", "/nowhere"], "/nowhere is not a folder"),
         (["--prompt", ""], "--prompt is empty"),
+        (["--context", "1"], "--context 1 leaves a query nothing but itself"),
+        (["--context", "4"], "--prompt has 4 bytes"),
+        (["--context", "48", "--sample", "45"], "has room for 44 bytes after the prompt"),
+        (["--dtype", "float16"], "--dtype float16 needs a GPU"),
+        (["--implementation", "cuda"], "--implementation cuda does not run on JAX's default"),
         (["--exact", "cudnn"], "--exact cudnn needs a GPU and --dtype bfloat16 or float16"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_wrong_options_give_one_line(train_gpt, capsys, tmp_path, arguments, told):
+def test_wrong_options_give_one_line(train_gpt, capsys, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setattr(train_gpt.jax, "default_backend", lambda: "cpu")  # also where a GPU is
     common = ["--preset", "cpu", "--output", str(tmp_path)]
     assert told in error_line(train_gpt, capsys, *common, *arguments)
+
+
+def test_the_sample_fits_the_context_unless_told_otherwise(train_gpt):
+    parser = train_gpt._parser()
+    for context, length in ((48, 44), (512, 240)):
+        options = parser.parse_args(["--preset", "cpu", "--context", str(context)])
+        assert train_gpt._with_preset(parser, options).sample == length
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25])
+def test_any_number_of_steps_has_a_schedule(train_gpt, steps):
+    from gpt import training
+
+    optimizer = training._optimizer(steps, 1e-2)
+    parameters = {"matrix": np.ones((2, 2), np.float32)}
+    state = optimizer.init(parameters)
+    for _ in range(steps):
+        updates, state = optimizer.update(parameters, state, parameters)
+        assert 0 < np.abs(updates["matrix"]).max() <= 1.2e-2
 
 
 def test_a_folder_with_too_little_text_is_refused(train_gpt, capsys, tmp_path):

@@ -10,22 +10,23 @@ _EXACT, _OTHERS = "#c4c4c4", ("#d1495b", "#00798c", "#edae49", "#6a4c93")
 
 
 def table(runs: list[Run]) -> str:
-    """One row a run; the first run is the exact one that the others are compared with."""
+    """One row a run; each difference is that of the loss before it to the first, exact run's."""
     exact = runs[0]
     rows = [
-        ("attention", "train loss", "held-out loss", "difference", "tokens/s", "step memory",
-         "worst gradient error of step 1")
+        ("attention", "train loss", "difference", "held-out loss", "difference", "tokens/s",
+         "step memory", "worst gradient error of step 1")
     ]  # fmt: skip
     for run in runs:
-        difference, gradient = "", ""
+        train, held_out, gradient = "", "", ""
         if run is not exact:
-            difference = f"{run.final_held_out_loss - exact.final_held_out_loss:+.4f}"
+            train = f"{run.final_train_loss - exact.final_train_loss:+.4f}"
+            held_out = f"{run.final_held_out_loss - exact.final_held_out_loss:+.4f}"
             name, error = _worst(run, exact)
             gradient = f"{error:.4f} ({name})"
         memory = f"{run.memory / 2**20:,.0f} MiB" if run.memory else "not reported"
         rows.append(
-            (run.name, f"{run.final_train_loss:.4f}", f"{run.final_held_out_loss:.4f}", difference,
-             f"{run.tokens_per_second:,.0f}", memory, gradient)
+            (run.name, f"{run.final_train_loss:.4f}", train, f"{run.final_held_out_loss:.4f}",
+             held_out, f"{run.tokens_per_second:,.0f}", memory, gradient)
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -131,8 +131,9 @@ class _Clock:
 
 
 def _optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
+    low, warm_up = 0.1 * learning_rate, max(1, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.1 * learning_rate, learning_rate, max(1, steps // 10), steps, 0.1 * learning_rate
+        low, learning_rate, warm_up, max(steps, warm_up + 1), low
     )
     matrices_only = lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
     decay = optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=matrices_only)
