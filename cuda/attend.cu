@@ -15,8 +15,8 @@ const char* const kPvNames[] = {"e4m3", "f16", "bf16", "int8"};
 const ForwardKernel* find(const AttendParams& p, int limit) {
   const ForwardKernel* best = nullptr;
   for (const ForwardTable& table :
-       {sm80_forward_kernels(), sm89_forward_kernels(), sm90_mma_forward_kernels(),
-        p.portable ? ForwardTable{nullptr, 0} : sm90_forward_kernels()}) {
+       {sm80_forward_kernels(), sm80_e4m3_forward_kernels(), sm89_forward_kernels(),
+        sm90_mma_forward_kernels(), p.portable ? ForwardTable{nullptr, 0} : sm90_forward_kernels()}) {
     for (int i = 0; i < table.count; ++i) {
       const ForwardKernel& k = table.kernels[i];
       const bool fits = k.pv == p.pv && k.f16_accumulate == p.f16_accumulate &&

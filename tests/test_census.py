@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import sys
+from collections import Counter
 
 import pytest
 
@@ -65,6 +66,66 @@ def test_complains_about_a_missing_instruction(opcode):
     del kernel.instructions[opcode]
     (sentence,) = census.violations([kernel])
     assert opcode in sentence
+
+
+WGMMA_MANGLED = "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10E4m3ValuesELi128EEEEEvNS0_11ForwardCallE"
+HALF_MANGLED = (
+    "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10HalfValuesILNS_8PvFormatE2EEELi64EEEEEvNS0_11ForwardCallE"
+)
+
+
+def warpgroup_kernel(mangled=WGMMA_MANGLED, registers=168, **changes):
+    values = "HGMMA" if "Half" in mangled else "QGMMA"
+    instructions = {"IGMMA": 12, values: 8, "UTMALDG": 6, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 3, **changes}
+    return census.Kernel("90a", census.short_name(mangled), registers, instructions=Counter(instructions))
+
+
+@pytest.mark.parametrize(
+    "mangled, name",
+    [
+        (WGMMA_MANGLED, "attention_fwd<ForwardConfig E4m3Values 128>"),
+        (HALF_MANGLED, "attention_fwd<ForwardConfig HalfValues PvFormat 2 64>"),
+        ("_ZN4sage12clear_maximaENS_12BackwardCallE", "clear_maxima"),
+        ("not_mangled", "not_mangled"),
+    ],
+)
+def test_names_kernels_by_their_configuration(mangled, name):
+    assert census.short_name(mangled) == name
+
+
+@pytest.mark.parametrize("mangled", [WGMMA_MANGLED, HALF_MANGLED])
+def test_accepts_a_warpgroup_kernel(mangled):
+    kernel = warpgroup_kernel(mangled)
+    assert kernel.warpgroups and census.violations([kernel]) == []
+
+
+@pytest.mark.parametrize(
+    "mangled, changes, complaint",
+    [
+        (WGMMA_MANGLED, {"IGMMA": 0}, "has no IGMMA"),
+        (WGMMA_MANGLED, {"QGMMA": 0, "HGMMA": 8}, "has no QGMMA"),
+        (HALF_MANGLED, {"HGMMA": 0, "QGMMA": 8}, "has no HGMMA"),
+        (WGMMA_MANGLED, {"UTMALDG": 0}, "has no UTMALDG"),
+        (WGMMA_MANGLED, {"USETMAXREG": 0}, "has no USETMAXREG"),
+        (WGMMA_MANGLED, {"registers": 152}, "starts with 152 registers"),
+        (WGMMA_MANGLED, {"WARPGROUP.DEPBAR": 20}, "serialised"),
+        (WGMMA_MANGLED, {"STL": 1}, "spills"),
+    ],
+)
+def test_complains_about_a_warpgroup_kernel(mangled, changes, complaint):
+    (sentence,) = census.violations([warpgroup_kernel(mangled, **changes)])
+    assert complaint in sentence
+
+
+@pytest.mark.parametrize("registers, complaint", [(129, "uses 129 registers, more than 128"), (128, None)])
+def test_budgets_of_registers(registers, complaint):
+    found = census.violations([census.Kernel("80", "write_codes<128 AnyPiece>", registers)])
+    assert len(found) == (complaint is not None) and all(complaint in sentence for sentence in found)
+
+
+def test_complains_about_a_kernel_without_a_budget():
+    (sentence,) = census.violations([census.Kernel("80", "unheard_of", 8)])
+    assert "no budget" in sentence
 
 
 def test_census_of_the_library_built_here():

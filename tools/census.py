@@ -31,13 +31,14 @@ ARCHS = "80;89;90a;120a"
 WARPGROUP_REGISTERS = 168  # x 384 threads is the file; setmaxnreg hands out exactly that
 BUDGETS = (
     ("*256*", 128, "512 threads a block"),
-    ("mask_summary*", 40, "latency is hidden by warps"),
+    ("dense_states", 40, "latency is hidden by warps"),
+    ("segment_ranges", 40, "latency is hidden by warps"),
     ("clear_maxima", 16, "latency is hidden by warps"),
     ("tile_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
     ("reduce_statistics", 64, "a block of 1024 threads"),
     ("key_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
-    ("query_terms*", 160, "one block of 256 threads and half of another's memory latency"),
+    ("query_terms*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
     ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
 )
@@ -45,16 +46,15 @@ DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 # Spills that are known and not yet removed: (architecture, kernel, bytes of stack), `*` stands for anything. Entries may
 # only shrink or go: every other kernel must spill nothing. Those that matter for speed are head dimensions 64 and 128.
 KNOWN_SPILLS = (
-    ("90a", "*gradient_operands*", 16),
     ("120a", "attention_fwd*E4m3ThroughHalf 1*64>", 8),
     ("120a", "attention_fwd*NativeE4m3*128>", 8),
     ("120a", "backward_dkv*E4m3Native 128>", 40),
-    ("90a", "backward_dkv*DpBf16*E4m3Unpacked 128>", 32),
+    ("90a", "backward_dkv*DpBf16*E4m3Unpacked 128>", 8),
     ("120a", "backward_dq*SageBwd 128>", 8),
     ("120a", "attention_fwd*Int8 256>", 24),
     ("*", "attention_fwd*E4m3ThroughHalf*256>", 136),
     ("*", "attention_fwd*NativeE4m3*256>", 16),
-    ("*", "backward_* 256>", 512),
+    ("*", "backward_* 256>", 304),
 )
 BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
 
@@ -111,7 +111,12 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
     name, arch = kernel.name, int(re.match(r"\d+", kernel.arch)[0])
     if kernel.warpgroups:
         values = "HGMMA" if "HalfValues" in name else "QGMMA"
-        return [("IGMMA", "INT8 products"), (values, "floating products"), ("UTMALDG", "tensor copies"), ("USETMAXREG", "register redistribution")]
+        return [
+            ("IGMMA", "INT8 products"),
+            (values, "floating products"),
+            ("UTMALDG", "tensor copies"),
+            ("USETMAXREG", "registers handed from the loader to the consumers"),
+        ]
     wanted = []
     if name.startswith(("attention_fwd", "backward_d")):
         wanted += [("IMMA", "INT8 scores"), ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]

@@ -21,6 +21,7 @@ struct ForwardTable {
 };
 
 ForwardTable sm80_forward_kernels();
+ForwardTable sm80_e4m3_forward_kernels();
 ForwardTable sm89_forward_kernels();
 ForwardTable sm90_mma_forward_kernels();  // warp-level products
 ForwardTable sm90_forward_kernels();      // warpgroup-level products

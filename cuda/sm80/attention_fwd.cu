@@ -1,4 +1,4 @@
-// The forward kernels that run on sm_80 and later.
+// The forward kernels with f16, bf16 and INT8 values, which run on sm_80 and later.
 #include "common/dispatch.h"
 #include "sm80/attention_fwd.cuh"
 #include "sm80/values.cuh"
@@ -13,12 +13,6 @@ constexpr ForwardKernel entry() {
 }
 
 constexpr ForwardKernel kKernels[] = {
-    entry<sm80::E4m3, 64>(),
-    entry<sm80::E4m3, 128>(),
-    entry<sm80::E4m3, 256>(),
-    entry<sm80::E4m3F16Accumulate, 64>(),
-    entry<sm80::E4m3F16Accumulate, 128>(),
-    entry<sm80::E4m3F16Accumulate, 256>(),
     entry<sm80::F16, 64>(),
     entry<sm80::F16, 128>(),
     entry<sm80::F16, 256>(),

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(2 * kHeadDim) key_statistics(const BackwardCall p) {
+__global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(const BackwardCall p) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ uint32_t channel_max[kHeadDim];
   __shared__ float norms[Rows::kThreads / kWarpSize];
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) key_statistics(const BackwardCal
 
 // QueryTerms, row_factor, dO's codes.
 template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim) query_terms(const BackwardCall p) {
+__global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCall p) {
   using Rows = RowBlock<kHeadDim>;
   constexpr int kLanes = Rows::kThreadsPerToken;
   constexpr int kAtOnce = kHeadDim == 256 ? 2 : 4;  // tokens a thread: 512 threads have 128 registers

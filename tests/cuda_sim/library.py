@@ -28,6 +28,7 @@ SOURCES = (
     "quantize/quantize_kv.cu",
     "quantize/quantize_q.cu",
     "sm80/attention_fwd.cu",
+    "sm80/attention_fwd_e4m3.cu",
     "sm89/attention_fwd.cu",
     "sm90/attention_fwd_mma.cu",
     "sm90/absent.cc",  # wgmma has no twin on the host
