@@ -70,7 +70,7 @@ def attend_backward_rows(
         ("x", gradient, (B, N, Hp, Tp)),
         ("y", gradient, (B, N, Hp, Tp)),
         ("z", gradient, (B, K, Hp, Sp)),
-        # bits of maxima, cleared at the start: channels of x, y, z; then the largest |V_j|² of each head
+        # bits of maxima, cleared at the start: channels of x, y, z; then the largest norm |V_j| of each head
         ("maxima", "u32", (3 * B * K * Hp + B * K,)),
     )
 
