@@ -182,9 +182,13 @@ def _exp2_below(s, top):
 
 
 def attend(
-    qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype
+    qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype, key_tile=TILE
 ):
     """Attention over quantized operands (`docs/abi.md`, section 3).
+
+    Args:
+      key_tile: keys, a multiple of 64, after which a kernel looks for a new running maximum. Every value follows the
+        contract; kernels are compared with the specification at their own.
 
     Returns:
       out [B, T, N, H] in out_dtype; lse, m, l: float32 [B, N, T].
@@ -193,7 +197,7 @@ def attend(
     s, seen, poisoned = _scores(qq, kv, masks, scale, window_left, window_right)
     m = jnp.max(s, axis=-1, initial=-jnp.inf)
     l = jnp.sum(_exp2_below(s, m[..., None]), axis=-1)
-    accumulated = _probabilities_times_values(s, m, kv, pv, f16_accumulate)
+    accumulated = _probabilities_times_values(s, m, kv, pv, f16_accumulate, key_tile // TILE)
     out = accumulated / jnp.where(l == 0, 1.0, l)[..., None]
     l = jnp.where(poisoned, jnp.nan, l)
     out = jnp.where(poisoned[..., None], jnp.nan, out)
@@ -202,18 +206,20 @@ def attend(
     return out, _ungroup(lse), _ungroup(m), _ungroup(l)
 
 
-def _probabilities_times_values(s, m, kv, pv, f16_accumulate):
+def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once):
     """Σ_j P_ij V_j with the recipe's formats, dequantized but not divided by l: float32 [B, K, G, T, Hp].
 
-    Probabilities of a tile of 64 keys are rounded relative to the row's maximum so far (int8: to the tile's own maximum)
-    and the tile's products weighed by 2^(that maximum − m), as an online softmax does.
+    Probabilities of `at_once` tiles of 64 keys are rounded relative to the row's maximum so far (int8: to the tile's own
+    maximum) and the tile's products weighed by 2^(that maximum − m), as an online softmax does.
     """
     missing = -s.shape[-1] % TILE
     s = jnp.pad(s, ((0, 0),) * 4 + ((0, missing),), constant_values=-jnp.inf)
     s = _tiles(s, 4)  # [B, K, G, T, tiles, 64]
     top = jnp.max(s, axis=-1)
     if pv != "int8":
-        top = lax.cummax(top, axis=4)
+        number = top.shape[4]
+        last = np.minimum(np.arange(number) // at_once * at_once + at_once, number) - 1
+        top = lax.cummax(top, axis=4)[..., last]
     weight = _exp2_below(top, m[..., None])
     e = _exp2_below(s, top[..., None])
     if pv in ("f16", "bf16"):

@@ -19,7 +19,7 @@ from metrics import assert_same_bits, relative_l2
 from oracle import exact_forward, window
 from test_reference import TABLE, VARIANTS, assert_as_accurate_as_the_table, table_problem
 
-from sage_jax import _vjp, accuracy
+from sage_jax import _vjp, accuracy, reference
 from sage_jax._ffi import Settings, operation
 from sage_jax.masking import Masks
 from sage_jax.quantization import QuantizedKV, QuantizedQ
@@ -104,6 +104,31 @@ def specified(case, recipe):
     return inputs, *forward_on_host(case, recipe, inputs)
 
 
+def key_tile(case, recipe):
+    """Keys between two looks for a running maximum: 128 in the kernels for Hopper's warpgroups, 64 in all others."""
+    hopper = jax.devices("cuda")[0].compute_capability == "9.0"
+    warpgroups = recipe.pv != "int8" and not recipe.f16_accumulate and case.H <= 128
+    return 128 if hopper and warpgroups else 64
+
+
+@functools.partial(jax.jit, static_argnames=("case", "recipe", "tile"))
+def specified_rows(case, recipe, tile, qq, kv, masks):
+    settings = settings_of(case, recipe, "reference")
+    return reference.attend(
+        qq, kv, masks, pv=recipe.pv, f16_accumulate=recipe.f16_accumulate, scale=settings.scale,
+        window_left=settings.window_left, window_right=settings.window_right,
+        head_dim=settings.head_dim, out_dtype=settings.dtype, key_tile=tile,
+    )  # fmt: skip
+
+
+def output_on_host(case, recipe, qq, kv, masks):
+    """The specified output at the running maxima of the kernel that this GPU takes."""
+    with host():
+        return np.asarray(
+            specified_rows(case, recipe, key_tile(case, recipe), qq, kv, masks)[0]
+        )
+
+
 def forward_on_host(case, recipe, inputs, implementation="reference"):
     """Quantized operands and forward results (qq, kv, rows)."""
     run = functools.partial(on_host, implementation=implementation)
@@ -149,6 +174,12 @@ def assert_agree(actual, expected, bound, name):
         assert relative_l2(actual, expected) < bound, f"{name}: {relative_l2(actual, expected):.2e}"
 
 
+ROUNDING = {"float32": 0.0, "bfloat16": 2**-9, "float16": 2**-12}
+# Rounding P relative to the maximum of 128 keys or of 64 gives other codes in the tiles before a row's largest score:
+# two draws of e4m3's rounding error of P, about .018, on at most all of a short row.
+EARLY_TILES = 0.025
+
+
 def bound_of(recipe, dtype):
     """How far a kernel's sums may be from the specification's.
 
@@ -156,7 +187,16 @@ def bound_of(recipe, dtype):
     keep about 14 bits of a sum, and f16 accumulators 11; results are rounded to the output's dtype.
     """
     kernel = 5e-3 if recipe.f16_accumulate else 3e-3 if recipe.pv == "e4m3" else 1e-3
-    return kernel + {"float32": 0.0, "bfloat16": 2**-9, "float16": 2**-12}[dtype]
+    return kernel + ROUNDING[dtype]
+
+
+def gradient_bound(recipe, dtype):
+    """The same for gradients, whose products are in e4m3 whatever `pv` is.
+
+    A probability that is off by the rounding of a score's offset (about 3e-4) takes the next code in one
+    case of a hundred, and then by 6%: up to 6e-3 of a gradient in which little averages out.
+    """
+    return (6e-3 if recipe.backward == "train8" else 1e-3) + ROUNDING[dtype]
 
 
 # ------------------------------------------------------------------------ against the specification
@@ -180,9 +220,17 @@ def test_quantisers_are_bit_equal(case, recipe):
 def test_forward_follows_the_specification(case, recipe):
     (_, _, _, _, _, masks), qq, kv, expected = specified(case, recipe)
     out, lse, m, l = on_gpu("attend", case, recipe, *attend_operands(qq, kv, masks))
-    assert_agree(out, expected[0], bound_of(recipe, case.dtype), "out")
+    # A score's offset is rounded to 0.75 units of the INT8 product (sm90/forward_softmax.cuh), so that now and then a
+    # probability takes the next e4m3 code; most of all where a score is the product of one channel.
+    unit = float(np.nanmax(qq.q_scale) * np.abs(kv.k_scale).max() * case.H**-0.5)
+    if key_tile(case, recipe) == 64:
+        assert_agree(out, expected[0], bound_of(recipe, case.dtype), "out")
+    else:
+        specified_out = output_on_host(case, recipe, qq, kv, masks)
+        assert_agree(out, specified_out, bound_of(recipe, case.dtype) + 20 * unit, "out")
+        assert_agree(out, expected[0], EARLY_TILES, "out at other running maxima")
     for name, actual, one in zip(("lse", "m", "l"), (lse, m, l), expected[1:], strict=True):
-        np.testing.assert_allclose(actual, one, rtol=1e-4, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(actual, one, rtol=1e-4 + unit, atol=1e-4 + unit, err_msg=name)
 
 
 @pytest.mark.parametrize("case, recipe", named(BACKWARD))
@@ -191,7 +239,7 @@ def test_backward_follows_the_specification(case, recipe):
     operands = backward_operands(qq, kv, rows, dout, dlse, masks)
     expected = on_host("attend_backward", case, recipe, *operands)
     ours = on_gpu("attend_backward", case, recipe, *operands)
-    bound = bound_of(recipe, case.dtype)
+    bound = gradient_bound(recipe, case.dtype)
     for name, actual, one in zip(("dq", "dk", "dv"), ours[:3], expected[:3], strict=True):
         assert_agree(actual, one, bound, name)
 
@@ -215,7 +263,10 @@ def test_bad_tokens_reach_the_rows_that_see_them(recipe, value):
     qq = QuantizedQ(*on_host("quantize_q", case, recipe, q, kv.k_mean, masks.bounds))
     rows = on_host("attend", case, recipe, *attend_operands(qq, kv, masks))
     ours = on_gpu("attend", case, recipe, *attend_operands(qq, kv, masks))
-    assert_agree(ours[0], rows[0], bound_of(recipe, "float32"), "out")
+    specified_out = rows[0]
+    if key_tile(case, recipe) != 64:
+        specified_out = output_on_host(case, recipe, qq, kv, masks)
+    assert_agree(ours[0], specified_out, bound_of(recipe, "float32"), "out")
     sees = np.zeros((2, 150, 4), bool)
     sees[0, 9, 1] = sees[0, 70:, :2] = sees[1, 100:, 2:] = True
     assert (np.isnan(ours[0]).all(-1) == sees).all() and (np.isnan(ours[0]).any(-1) == sees).all()
@@ -279,9 +330,12 @@ def test_random_problems_with_fresh_data(number):
         exact, exact_lse = fetched(exact_forward(q, k, v, masks, **window(case)))
     ours = gradients_on_gpu(case, recipe, *inputs)
     expected = gradients_on_host(case, recipe, inputs)
-    bound = bound_of(recipe, case.dtype)
+    bound = {name: gradient_bound(recipe, case.dtype) for name in ("lse", "dq", "dk", "dv")}
+    bound["out"] = bound_of(recipe, case.dtype) if key_tile(case, recipe) == 64 else EARLY_TILES
+    if recipe.delta == "output":  # out is part of dS
+        bound["dq"] = bound["dk"] = max(bound["dq"], bound["out"])
     for name, actual, one in zip(("out", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
-        assert_agree(actual, one, bound, f"{name} of {where}")
+        assert_agree(actual, one, bound[name], f"{name} of {where}")
     empty = np.isneginf(exact_lse)
     assert (np.isneginf(np.asarray(ours[1])) == empty).all(), where
     assert not np.swapaxes(np.asarray(ours[2], np.float32), 1, 2)[empty].any(), where

@@ -223,8 +223,10 @@ def test_shard_map_over_one_of_two_axes(kind, names):
     f = jax.shard_map(attend, mesh=mesh, in_specs=only, out_specs=only, axis_names={names})
     x = inputs()
     placed = put(mesh, (BOTH,) * 3, x)
-    # Auto axes are gathered inside: there the compiler does not say how they are split
-    check_function(f, placed, x, collectives=kind == "Auto", reference=attend)
+    # Auto axes are gathered inside: there the compiler does not say how they are split. Before JAX 0.11 explicit
+    # axes that are left become such ones.
+    gathered = kind == "Auto" or jax.__version_info__ < (0, 11)
+    check_function(f, placed, x, collectives=gathered, reference=attend)
 
 
 @pytest.mark.parametrize("kinds", [("Auto", "Explicit"), ("Explicit", "Auto")])

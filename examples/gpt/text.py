@@ -4,6 +4,7 @@ Training and held-out text never share a file. A file's side is decided by a che
 path relative to the folder, so the split is the same on every machine with the same Python.
 """
 
+import os
 import pathlib
 import sysconfig
 import zlib
@@ -38,11 +39,10 @@ def load(folder: pathlib.Path | None, context: int) -> Corpus:
     if not folder.is_dir():
         raise ValueError(f"--text {folder} is not a folder; give one that holds *.py files.")
     train, held_out = [], []
-    for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder)
-        if _SKIPPED_FOLDERS.isdisjoint(name.parts):
-            checksum = zlib.crc32(name.as_posix().encode())
-            (train if checksum % _HELD_OUT_ONE_IN else held_out).append(path.read_bytes())
+    for name in sorted(_sources(folder)):
+        checksum = zlib.crc32(name.as_posix().encode())
+        side = train if checksum % _HELD_OUT_ONE_IN else held_out
+        side.append((folder / name).read_bytes())
     corpus = Corpus(_join(train), _join(held_out), folder, len(train) + len(held_out))
     shortest = min(corpus.train.size, corpus.held_out.size)
     if shortest < 8 * context:
@@ -52,6 +52,15 @@ def load(folder: pathlib.Path | None, context: int) -> Corpus:
             "each; give a folder with more text by --text, or a smaller --context."
         )
     return corpus
+
+
+def _sources(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Paths of the files, relative to `folder`. Skipped folders are not entered: one may hold 100,000 files."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        for file in files:
+            if file.endswith(".py"):
+                yield (pathlib.Path(parent) / file).relative_to(folder)
 
 
 def batches(text: np.ndarray, *, batch: int, context: int, seed: int) -> Iterator[np.ndarray]:
