@@ -56,6 +56,14 @@ __host__ __device__ inline MaskSummary mask_summary(const AttentionShape& shape,
   return s;
 }
 
+// Consecutive positions.
+struct Span {
+  int low;
+  uint32_t count;
+  __device__ Span(int low, int high) : low(low), count(max(0, high - low + 1)) {}
+  __device__ bool contains(int x) const { return static_cast<uint32_t>(x - low) < count; }
+};
+
 // The mask of one batch row and query head.
 struct Mask {
   int b, n;
@@ -106,6 +114,19 @@ struct Mask {
     if (i >= queries || j >= keys || diagonal < -left || diagonal > right) return false;
     if (q_seg != nullptr && q_seg[i] != kv_seg[j]) return false;
     return dense == nullptr || dense[dense_offset + i * stride_t + j * stride_s] != 0;
+  }
+
+  // Whether bounds and window alone decide.
+  __device__ bool spans_only() const { return q_seg == nullptr && dense == nullptr; }
+
+  // The keys that bounds and window leave to query i.
+  __device__ Span keys_of(int i) const {
+    return {max(0, i + offset - left), i < queries ? min(keys - 1, i + offset + right) : -1};
+  }
+
+  // The queries that they leave to key j.
+  __device__ Span queries_of(int j) const {
+    return {max(0, j - offset - right), j < keys ? min(queries - 1, j - offset + left) : -1};
   }
 
   // Tiles of `tile` keys, [first, end), that bounds and window leave to queries [begin, end).
@@ -172,5 +193,18 @@ struct Mask {
 // Fills the summaries; nothing to launch where a call has neither segments nor a dense mask.
 const char* summarize_masks(const AttentionShape& shape, const MaskParams& masks, void* workspace,
                             Stream stream);
+
+// Which of the 32 values that a lane 4g + t holds of a tile 64 columns wide lie in the spans of its rows, g and
+// g + 8: bit 4n + c stands for row g + 8·(c/2) and column 8n + 2t + c%2. The tile begins at column `first`.
+__device__ __forceinline__ uint32_t seen_in_spans(const Span& upper, const Span& lower, int first) {
+  const int column = first + 2 * (static_cast<int>(threadIdx.x) % 4);
+  uint32_t seen = 0;
+#pragma unroll
+  for (int bit = 0; bit < 32; ++bit) {
+    const Span& span = bit & 2 ? lower : upper;
+    seen |= (span.contains(column + bit / 4 * 8 + (bit & 1)) ? 1u : 0u) << bit;
+  }
+  return seen;
+}
 
 }  // namespace sage

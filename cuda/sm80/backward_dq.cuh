@@ -99,6 +99,10 @@ template <class KeyTile>
 __device__ __forceinline__ uint32_t seen_of_queries(const Mask& mask, int query, int key,
                                                  const unsigned char* key_codes, bool any_bad) {
   const int lane = ptx::opaque(threadIdx.x) % kWarpSize;
+  if (!any_bad && mask.spans_only()) {
+    const int i = query + lane / 4;
+    return seen_in_spans(mask.keys_of(i), mask.keys_of(i + 8), key);
+  }
   uint32_t seen = 0;
 #pragma unroll 1
   for (int bit = 0; bit < 32; ++bit) {

@@ -148,9 +148,15 @@ template <class Config>
 __device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOffsets& offsets,
                                                  int key, int query, const unsigned char* upper_code,
                                                  const unsigned char* lower_code) {
-  const int t = static_cast<int>(threadIdx.x) % 4;
   const bool sound[2] = {static_cast<int8_t>(*upper_code) != kBadCode,
                          static_cast<int8_t>(*lower_code) != kBadCode};
+  if (mask.spans_only()) {
+    Span upper = mask.queries_of(key), lower = mask.queries_of(key + 8);
+    upper.count = sound[0] ? upper.count : 0;
+    lower.count = sound[1] ? lower.count : 0;
+    return seen_in_spans(upper, lower, query);
+  }
+  const int t = static_cast<int>(threadIdx.x) % 4;
   uint32_t seen = 0;
 #pragma unroll 1
   for (int i = kGradientValues - 1; i >= 0; --i) {

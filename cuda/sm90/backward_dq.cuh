@@ -111,6 +111,9 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
 template <class Config>
 __device__ __forceinline__ uint32_t seen_by_queries(const Mask& mask, int query, int key,
                                                     bool bad_keys, const unsigned char* tile) {
+  if (!bad_keys && mask.spans_only()) {
+    return seen_in_spans(mask.keys_of(query), mask.keys_of(query + 8), key);
+  }
   const int t = static_cast<int>(threadIdx.x) % 4;
   uint32_t seen = 0;
 #pragma unroll 1

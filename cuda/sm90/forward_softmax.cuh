@@ -20,24 +20,12 @@ template <int kHeadDim, int kScores>
 __device__ __forceinline__ void hide(int (&s)[kScores], const Mask& mask, int query, int key,
                                      bool bad_keys, const unsigned char* tile, float (&l)[2]) {
   const int t = static_cast<int>(threadIdx.x) % 4;
-  // What bounds and window leave: one range a row.
-  int from[2];
-  uint32_t count[2];
+  if (!bad_keys && mask.spans_only()) {
+    const Span seen[2] = {mask.keys_of(query), mask.keys_of(query + 8)};
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int i = query + 8 * r;
-    const int low = max(0, i + mask.offset - mask.left);
-    const int high = i < mask.queries ? min(mask.keys - 1, i + mask.offset + mask.right) : -1;
-    count[r] = static_cast<uint32_t>(max(0, high - low + 1));
-    from[r] = key + 2 * t - low;
-  }
-  const auto in_range = [&](int i) {
-    const int r = i >> 1 & 1;
-    return static_cast<uint32_t>(from[r] + i / 4 * 8 + (i & 1)) < count[r];
-  };
-  if (!bad_keys && mask.q_seg == nullptr && mask.dense == nullptr) {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = in_range(i) ? s[i] : kHidden;
+    for (int i = 0; i < kScores; ++i) {
+      s[i] = seen[i >> 1 & 1].contains(key + 2 * t + i / 4 * 8 + (i & 1)) ? s[i] : kHidden;
+    }
     return;
   }
 #pragma unroll
