@@ -6,22 +6,16 @@
 namespace sage {
 namespace {
 
-template <class Values, int kHeadDim>
-constexpr ForwardKernel entry() {
-  return {80, Values::kFormat, Values::kF16Accumulate, kHeadDim,
-          &sm80::launch_attention_fwd<sm80::ForwardConfig<Values, kHeadDim>>};
-}
-
 constexpr ForwardKernel kKernels[] = {
-    entry<sm80::F16, 64>(),
-    entry<sm80::F16, 128>(),
-    entry<sm80::F16, 256>(),
-    entry<sm80::Bf16, 64>(),
-    entry<sm80::Bf16, 128>(),
-    entry<sm80::Bf16, 256>(),
-    entry<sm80::Int8, 64>(),
-    entry<sm80::Int8, 128>(),
-    entry<sm80::Int8, 256>(),
+    sm80::forward_kernel<sm80::F16, 64>(80),
+    sm80::forward_kernel<sm80::F16, 128>(80),
+    sm80::forward_kernel<sm80::F16, 256>(80),
+    sm80::forward_kernel<sm80::Bf16, 64>(80),
+    sm80::forward_kernel<sm80::Bf16, 128>(80),
+    sm80::forward_kernel<sm80::Bf16, 256>(80),
+    sm80::forward_kernel<sm80::Int8, 64>(80),
+    sm80::forward_kernel<sm80::Int8, 128>(80),
+    sm80::forward_kernel<sm80::Int8, 256>(80),
 };
 
 }  // namespace

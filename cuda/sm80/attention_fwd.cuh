@@ -8,6 +8,7 @@
 //   mask summaries computed beforehand on the same stream (common/mask.cuh).
 #pragma once
 
+#include "common/dispatch.h"
 #include "common/launch.h"
 #include "common/mask.cuh"
 #include "common/scale.cuh"
@@ -322,6 +323,13 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   }
   return launch(attention_fwd<Config>, dim3(static_cast<unsigned>(blocks)), Config::kThreads,
                 Config::kSharedBytes, stream, params);
+}
+
+// The table's entry of an instance of the kernel; `architecture` is the oldest that runs it.
+template <class Values, int kHeadDim>
+constexpr ForwardKernel forward_kernel(int architecture) {
+  return {architecture, Values::kFormat, Values::kF16Accumulate, kHeadDim,
+          &launch_attention_fwd<ForwardConfig<Values, kHeadDim>>};
 }
 
 }  // namespace sage::sm80

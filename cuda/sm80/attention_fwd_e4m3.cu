@@ -6,19 +6,13 @@
 namespace sage {
 namespace {
 
-template <class Values, int kHeadDim>
-constexpr ForwardKernel entry() {
-  return {80, Values::kFormat, Values::kF16Accumulate, kHeadDim,
-          &sm80::launch_attention_fwd<sm80::ForwardConfig<Values, kHeadDim>>};
-}
-
 constexpr ForwardKernel kKernels[] = {
-    entry<sm80::E4m3, 64>(),
-    entry<sm80::E4m3, 128>(),
-    entry<sm80::E4m3, 256>(),
-    entry<sm80::E4m3F16Accumulate, 64>(),
-    entry<sm80::E4m3F16Accumulate, 128>(),
-    entry<sm80::E4m3F16Accumulate, 256>(),
+    sm80::forward_kernel<sm80::E4m3, 64>(80),
+    sm80::forward_kernel<sm80::E4m3, 128>(80),
+    sm80::forward_kernel<sm80::E4m3, 256>(80),
+    sm80::forward_kernel<sm80::E4m3F16Accumulate, 64>(80),
+    sm80::forward_kernel<sm80::E4m3F16Accumulate, 128>(80),
+    sm80::forward_kernel<sm80::E4m3F16Accumulate, 256>(80),
 };
 
 }  // namespace

@@ -7,19 +7,13 @@
 namespace sage {
 namespace {
 
-template <class Values, int kHeadDim>
-constexpr ForwardKernel entry() {
-  return {89, Values::kFormat, Values::kF16Accumulate, kHeadDim,
-          &sm80::launch_attention_fwd<sm80::ForwardConfig<Values, kHeadDim>>};
-}
-
 constexpr ForwardKernel kKernels[] = {
-    entry<sm89::E4m3, 64>(),
-    entry<sm89::E4m3, 128>(),
-    entry<sm89::E4m3, 256>(),
-    entry<sm89::E4m3F16Accumulate, 64>(),
-    entry<sm89::E4m3F16Accumulate, 128>(),
-    entry<sm89::E4m3F16Accumulate, 256>(),
+    sm80::forward_kernel<sm89::E4m3, 64>(89),
+    sm80::forward_kernel<sm89::E4m3, 128>(89),
+    sm80::forward_kernel<sm89::E4m3, 256>(89),
+    sm80::forward_kernel<sm89::E4m3F16Accumulate, 64>(89),
+    sm80::forward_kernel<sm89::E4m3F16Accumulate, 128>(89),
+    sm80::forward_kernel<sm89::E4m3F16Accumulate, 256>(89),
 };
 
 }  // namespace

@@ -6,19 +6,13 @@
 namespace sage {
 namespace {
 
-template <class Values, int kHeadDim>
-constexpr ForwardKernel entry() {
-  return {90, Values::kFormat, Values::kF16Accumulate, kHeadDim,
-          &sm80::launch_attention_fwd<sm80::ForwardConfig<Values, kHeadDim>>};
-}
-
 constexpr ForwardKernel kKernels[] = {
-    entry<sm90::E4m3, 64>(),
-    entry<sm90::E4m3, 128>(),
-    entry<sm90::E4m3, 256>(),
-    entry<sm90::E4m3F16Accumulate, 64>(),
-    entry<sm90::E4m3F16Accumulate, 128>(),
-    entry<sm90::E4m3F16Accumulate, 256>(),
+    sm80::forward_kernel<sm90::E4m3, 64>(90),
+    sm80::forward_kernel<sm90::E4m3, 128>(90),
+    sm80::forward_kernel<sm90::E4m3, 256>(90),
+    sm80::forward_kernel<sm90::E4m3F16Accumulate, 64>(90),
+    sm80::forward_kernel<sm90::E4m3F16Accumulate, 128>(90),
+    sm80::forward_kernel<sm90::E4m3F16Accumulate, 256>(90),
 };
 
 }  // namespace
