@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
 
-    model = nnx.jit(lambda: GPT(shape, rngs=nnx.Rngs(options.seed)))()
+    model = GPT(shape, rngs=nnx.Rngs(options.seed))  # under jit XLA takes minutes for a GPU
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     device = jax.devices()[0]
     print(
