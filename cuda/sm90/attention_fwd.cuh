@@ -34,6 +34,12 @@ class Consumer {
   using Slot = typename Config::Slot;
   static constexpr int kScores = Config::kScores, kHeadDim = Config::kHeadDim;
 
+  // What a row's output so far has to be multiplied with.
+  struct Shrink {
+    float by[2];
+    bool any;
+  };
+
  public:
   __device__ __forceinline__ Consumer(const ForwardCall& call, unsigned char* shared, int group)
       : params_(call.p),
@@ -45,35 +51,62 @@ class Consumer {
         lane_(static_cast<int>(threadIdx.x) % kWarpSize),
         warp_row_(64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16) {}
 
-  // Both halves of the pipeline are written out, so that probabilities alternate between registers
-  // that are known to the compiler. Nothing is under way in the matrix unit where the loop closes:
-  // ptxas gives up overlapping products with anything otherwise.
+  // The loop over ordinary tiles is a piece of code of its own, without a branch to anything rare: what
+  // lies between costs misses of the instruction cache. Both halves of it are written out, so that
+  // probabilities alternate between registers that are known to the compiler. Nothing is under way in
+  // the matrix unit where a loop closes: ptxas gives up overlapping products with anything otherwise.
   __device__ __forceinline__ void run() {
     wait_for_tile();
+    read_note();
     if (flags_ & kStop) return;
     ptx::mbarrier_wait(base_ + Config::slot_full(0), 0);
     begin_rows();
     issue_scores(0);
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(s_);
-    if (group_ == 1) ptx::bar_arrive(1, 128 * Config::kGroups);  // the first turn is that of group 0
-    softmax(p0_);
     while (true) {
-      if (step(p0_, p1_)) break;
-      if (step(p1_, p0_)) break;
+      if (flags_ & (kHide << group_)) {
+        const Slot& slot = Config::slots(shared_)[slot_];
+        hide<kHeadDim>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4,
+                       Config::notes(shared_)[stage_].key, flags_ & kBadKeys,
+                       shared_ + Config::keys(stage_), l_);
+      }
+      softmax(p0_);
+      shrink();
+      while (true) {
+        if (__builtin_expect(begin_step(p0_), 0)) break;
+        softmax(p1_);
+        end_step(p1_);
+        if (__builtin_expect(begin_step(p1_), 0)) break;
+        softmax(p0_);
+        end_step(p0_);
+      }
+      ptx::wgmma_wait_group<0>();
+      ptx::keep_in_registers(o_);
+      release(Config::v_empty(before(stage_)));
+      if (ended_) {
+        finish_rows(Config::slots(shared_)[slot_]);
+        release(Config::slot_empty(slot_));
+        if (flags_ & kStop) return;
+        slot_phase_ ^= slot_;
+        slot_ ^= 1;
+        begin_rows();
+      } else if (exact_sum_is_due()) {
+        add_exactly();
+        summed_ = 0;
+      }
     }
   }
 
  private:
-  // One tile of keys, whose probabilities are in `p`: P·V, overlapped with the scores and the
-  // softmax of the next tile. Returns whether it was the last of the stream.
-  __device__ __forceinline__ bool step(uint32_t (&p)[Config::kProbabilities],
-                                       uint32_t (&next_p)[Config::kProbabilities]) {
+  // Issues the scores of the next tile and, behind them, P·V of the one at hand, whose probabilities are
+  // in `p`; waits for the scores. Returns whether something rare is due before their softmax.
+  __device__ __forceinline__ bool begin_step(uint32_t (&p)[Config::kProbabilities]) {
     const int stage = stage_;
-    const bool ends = flags_ & kEnds;
+    ended_ = flags_ & kEnds;
     wait_for_tile();
     int slot = slot_;
-    if (__builtin_expect(ends && !(flags_ & kStop), 0)) {
+    if (__builtin_expect(ended_, 0) && !(Config::notes(shared_)[stage_].flags & kStop)) {
       slot ^= 1;
       ptx::mbarrier_wait(base_ + Config::slot_full(slot), slot_phase_ ^ (slot == 0));
     }
@@ -84,71 +117,52 @@ class Consumer {
         o_, p, units_ + (Config::kValuesAt + stage * Config::kValueBytes) / 16, summed_ != 0);
     ptx::wgmma_commit_group();
     summed_ += Config::kKeys;
-
+    read_note();
     ptx::wgmma_wait_group<1>();
     ptx::keep_in_registers(s_);
-    if (__builtin_expect(ends, 0)) {
-      ptx::wgmma_wait_group<0>();
-      ptx::keep_in_registers(o_);
-      finish_rows(Config::slots(shared_)[slot_]);
-      release(Config::slot_empty(slot_));
-      if (flags_ & kStop) return true;
-      slot_phase_ ^= slot_;
-      slot_ = slot;
-      begin_rows();
-    }
-    const Shrink shrink = softmax(next_p);
+    return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
+  }
+
+  __device__ __forceinline__ bool exact_sum_is_due() const {
+    return Values::kExactKeys > 0 && summed_ == Values::kExactKeys;
+  }
+
+  // Waits for P·V. Probabilities have no sign: what they add to the number of a barrier, on which nobody
+  // waits, is zero. But ptxas, which does not know it, cannot move the wait above the exponentials.
+  __device__ __forceinline__ void end_step(const uint32_t (&p)[Config::kProbabilities]) {
+    ptx::bar_arrive(1 + group_ + static_cast<int>(p[Config::kProbabilities - 1] >> 31), 128);
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(o_);
-    release(Config::v_empty(stage));
-    if (shrink.any) {  // harmless where nothing is summed yet
+    release(Config::v_empty(before(stage_)));
+    shrink();
+  }
+
+  __device__ __forceinline__ void shrink() {
+    if (!shrink_.any) return;
 #pragma unroll
-      for (int i = 0; i < Config::kOutputs; ++i) o_[i] *= shrink.by[i >> 1 & 1];
-    }
-    if (Values::kExactKeys > 0 && summed_ == Values::kExactKeys) {
-      add_exactly();
-      summed_ = 0;
-    }
-    return false;
+    for (int i = 0; i < Config::kOutputs; ++i) o_[i] *= shrink_.by[i >> 1 & 1];
+  }
+
+  __device__ __forceinline__ static int before(int stage) {
+    return stage == 0 ? Config::kStages - 1 : stage - 1;
   }
 
   // Moves on to the next tile, when it is there.
   __device__ __forceinline__ void wait_for_tile() {
     stage_ = next_stage_;
     ptx::mbarrier_wait(base_ + Config::full(stage_), phase_);
-    flags_ = ptx::uniform(Config::notes(shared_)[stage_].flags);
     if (++next_stage_ == Config::kStages) {
       next_stage_ = 0;
       phase_ ^= 1;
     }
   }
 
-  // The warpgroups take exponentials in turns: while one keeps those units busy, the other's products
-  // run and it looks for its maxima.
-  __device__ __forceinline__ void take_turn() { ptx::bar_sync(1 + group_, 128 * Config::kGroups); }
-
-  // Probabilities have no sign: what they add to the barrier's number is zero. But ptxas, which does
-  // not know it, cannot move the end of the turn, and the wait that follows, above exponentials.
-  __device__ __forceinline__ void give_turn(const uint32_t (&p)[Config::kProbabilities]) {
-    uint32_t all = 0;
-#pragma unroll
-    for (int i = 0; i < Config::kProbabilities; ++i) all |= p[i];
-    ptx::bar_arrive(2 - group_ + static_cast<int>(all >> 31), 128 * Config::kGroups);
+  __device__ __forceinline__ void read_note() {
+    flags_ = ptx::uniform(Config::notes(shared_)[stage_].flags);
   }
 
-  // What a row's output so far has to be multiplied with.
-  struct Shrink {
-    float by[2];
-    bool any;
-  };
-
   // Probabilities of the tile whose scores are in s_, and the state of the rows.
-  __device__ __forceinline__ Shrink softmax(uint32_t (&p)[Config::kProbabilities]) {
-    if (__builtin_expect(flags_ & (kHide << group_), 0)) {
-      const Slot& slot = Config::slots(shared_)[slot_];
-      hide<kHeadDim>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4, Config::notes(shared_)[stage_].key,
-                     flags_ & kBadKeys, shared_ + Config::keys(stage_), l_);
-    }
+  __device__ __forceinline__ void softmax(uint32_t (&p)[Config::kProbabilities]) {
     const TileNote note = Config::notes(shared_)[stage_];
     release(Config::k_empty(stage_));
 
@@ -169,7 +183,7 @@ class Consumer {
       }
       top[r] = quad_max(top[r]);
     }
-    const Shrink shrink = raise_maximum(top);
+    shrink_ = raise_maximum(top);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float m = m_[r] == -INFINITY ? 0.0f : m_[r];
@@ -177,12 +191,9 @@ class Consumer {
       for (int h = 0; h < kHalves; ++h) {
         shift[h][r] = fmaf(-kMagic, multiplier[h][r], Values::kExponentBias - m);
       }
-      l_[r] *= shrink.by[r];
+      l_[r] *= shrink_.by[r];
     }
-    take_turn();
     exponentials<Config>(s_, multiplier, shift, zero_, l_, p);
-    give_turn(p);
-    return shrink;
   }
 
   // Q·Kᵀ of this warpgroup's rows.
@@ -320,10 +331,12 @@ class Consumer {
   int slot_ = 0;
   uint32_t slot_phase_ = 0;
   uint32_t flags_ = 0;  // of the tile at hand
+  bool ended_ = false;  // the tile before it was the last of its row block
   int s_[kScores];
   float o_[Config::kOutputs];
   uint32_t p0_[Config::kProbabilities], p1_[Config::kProbabilities];
   float m_[2], l_[2], row_scale_[2], exact_m_[2];
+  Shrink shrink_;  // due before the next product with V
   int summed_ = 0;      // keys in o_
   bool exact_ = false;  // there are sums in shared memory
 };

@@ -19,7 +19,7 @@ struct ForwardConfig {
   // Scores, output and two tiles of probabilities lie in registers at the same time.
   static constexpr int kKeys = Values::kElementBytes == 1 || kHeadDim == 64 ? 128 : 64;
   static constexpr int kSlots = 2;  // row blocks under way
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+    static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static constexpr int kLaunchRegisters = 168;  // the most that kThreads leave to each
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=
                     (kGroups + 1) * kLaunchRegisters,

@@ -62,24 +62,20 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
                                              float zero, float (&l)[2],
                                              uint32_t (&p)[Config::kProbabilities]) {
   using Values = typename Config::Values;
-  constexpr int kChunks = Config::kKeys / 16;
-  float x[2][8], e[2][8] = {}, sum[2][2] = {};
+  constexpr int kChunk = 8, kChunks = Config::kScores / kChunk;
+  float x[2][kChunk], e[2][kChunk] = {}, sum[2][2] = {};
   const auto argue = [&](int c) {
-    const int h = c / 4;
-    float from[2] = {shift[h][0], shift[h][1]};
-    if (c > 1) {
-      from[0] = fmaf(e[c & 1][0], zero, from[0]);
-      from[1] = fmaf(e[c & 1][2], zero, from[1]);
-    }
+    const int h = c * 16 / kTileKeys;
+    const int offset = c > 1 ? __float_as_int(fmaf(e[c & 1][0], zero, kMagic)) : kMagicBits;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kChunk; ++i) {
       const int r = i >> 1 & 1;
-      x[c & 1][i] = fmaf(__int_as_float(scores[8 * c + i] + kMagicBits), multiplier[h][r], from[r]);
+      x[c & 1][i] = fmaf(__int_as_float(scores[kChunk * c + i] + offset), multiplier[h][r], shift[h][r]);
     }
   };
   const auto finish = [&](int c) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i & 1][i >> 1 & 1] += e[c & 1][i];
+    for (int i = 0; i < kChunk; ++i) sum[i & 1][i >> 1 & 1] += e[c & 1][i];
     Values::pack(p + Values::kRegisters * c, e[c & 1]);
   };
   argue(0);
@@ -87,7 +83,7 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
   for (int c = 0; c < kChunks; ++c) {
     if (c + 1 < kChunks) argue(c + 1);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) e[c & 1][i] = ptx::ex2(x[c & 1][i]);
+    for (int i = 0; i < kChunk; ++i) e[c & 1][i] = ptx::ex2(x[c & 1][i]);
     if (c > 0) finish(c - 1);
   }
   finish(kChunks - 1);

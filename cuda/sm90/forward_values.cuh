@@ -18,7 +18,7 @@ struct E4m3Values {
   // Products and sums in the matrix unit keep about 14 bits of the largest and are cut off, not rounded:
   // where values have a mean, the output loses about 1e-5 of itself with every key. After this many keys
   // the sums are added to float32 ones.
-  static constexpr int kExactKeys = 512;
+  static constexpr int kExactKeys = 2048;
   static constexpr int kRegisters = 2;  // of A, for 16 keys
   static constexpr float kExponentBias = 8.0f;  // E·256
   static constexpr float kUnit = 0x1p-8f;       // what undoes it
