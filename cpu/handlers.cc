@@ -78,8 +78,9 @@ Masks read_masks(Buffers& io, const Shape& s, int64_t window_left, int64_t windo
 }
 
 ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                       int32_t pv, float v_range, int32_t smooth_k, int32_t dp) {
-  Buffers io("sage_jax_quantize_kv", args, rets, 3, 7);
+                       int32_t pv, float v_range, int32_t smooth_k, int32_t smooth_v,
+                       int32_t dp) {
+  Buffers io("sage_jax_quantize_kv", args, rets, 3, 8);
   auto k = io.operand("k", {kF32, kF16, kBF16}, kRank4);
   auto d = k.dimensions();
   Shape s = {d[0], 0, d[1], 0, d[2], d[3], padded_head_dim(io, d[3])};
@@ -87,18 +88,20 @@ ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
   auto bounds = io.operand("bounds", {kS32}, {s.B, 3});
   io.require(pv >= 0 && pv <= 3, "attribute `pv` is not 0, 1, 2 or 3.");
   io.require(dp >= 0 && dp <= 2, "attribute `dp` is not 0, 1 or 2.");
+  io.require(!smooth_v || pv == 0, "attribute `smooth_v` is set, but `pv` is not 0 (e4m3).");
   Dims dense = {s.B, s.K, s.S, s.Hp}, turned = {s.B, s.K, s.Hp, s.Sp()};
   Dims tiles = {s.B, s.K, s.S64()}, channels = {s.B, s.K, s.Hp}, none = {0};
   constexpr ffi::DataType kPvTypes[] = {kE4M3, kF16, kBF16, kS8};
   QuantizeKv p = {
-      s,       array(k),      array(v),           data<int32_t>(bounds), static_cast<Pv>(pv),
-      v_range, smooth_k != 0, static_cast<Dp>(dp)};
+      s,       array(k),      array(v),      data<int32_t>(bounds), static_cast<Pv>(pv),
+      v_range, smooth_k != 0, smooth_v != 0, static_cast<Dp>(dp)};
   p.k8 = data<int8_t>(io.result("k8", {kS8}, dense));
   p.k_scale = data<float>(io.result("k_scale", {kF32}, tiles));
   p.k_mean = data<float>(io.result("k_mean", {kF32}, channels));
   bool transposed = pv == 0 || pv == 3;
   p.v_pv = data<void>(io.result("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
   p.v_scale = data<float>(io.result("v_scale", {kF32}, pv == 3 ? tiles : channels));
+  p.v_mean = data<float>(io.result("v_mean", {kF32}, channels));
   p.v_dp = data<void>(io.result("v_dp", {dp == 2 ? kBF16 : kS8}, dp ? dense : none));
   p.v_dp_scale = data<float>(io.result("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
   return run(io, kernels().quantize_kv, p, pool);
@@ -125,7 +128,7 @@ ffi::Error quantize_q(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
 ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
                   int64_t window_right) {
-  Buffers io("sage_jax_attend", args, rets, 12, 4);
+  Buffers io("sage_jax_attend", args, rets, 13, 4);
   Attend p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
   auto d = q8.dimensions();
@@ -142,6 +145,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   p.k_scale = data<float>(io.operand("k_scale", {kF32}, tiles));
   p.v_pv = data<void>(io.operand("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
   p.v_scale = data<float>(io.operand("v_scale", {kF32}, pv == 3 ? tiles : channels));
+  p.v_mean = data<float>(io.operand("v_mean", {kF32}, channels));
   p.masks = read_masks(io, s, window_left, window_right);
   auto out = io.result("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
   s.H = out.dimensions()[3];
@@ -222,6 +226,7 @@ XLA_FFI_Error* quantize_kv_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<int32_t>("pv")
                              .Attr<float>("v_range")
                              .Attr<int32_t>("smooth_k")
+                             .Attr<int32_t>("smooth_v")
                              .Attr<int32_t>("dp")
                              .To(quantize_kv)
                              .release();

@@ -43,7 +43,7 @@ def quantize_q(settings: Settings, q, k_mean, bounds) -> QuantizedQ:
 
 def attend_quantized(settings: Settings, qq: QuantizedQ, kv: QuantizedKV, masks: Masks):
     """out [B, T, N, H], lse, m, l [B, N, T]."""
-    values = kv.k8, kv.k_scale, kv.v_pv, kv.v_scale
+    values = kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean
     return operation("attend", settings)(*qq, *values, *masks)
 
 

@@ -151,7 +151,7 @@ def gradients_on_host(case, recipe, inputs):
 
 
 def attend_operands(qq, kv, masks):
-    return *qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, *masks
+    return *qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean, *masks
 
 
 def backward_operands(qq, kv, rows, dout, dlse, masks):
