@@ -88,7 +88,6 @@ ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
   auto bounds = io.operand("bounds", {kS32}, {s.B, 3});
   io.require(pv >= 0 && pv <= 3, "attribute `pv` is not 0, 1, 2 or 3.");
   io.require(dp >= 0 && dp <= 2, "attribute `dp` is not 0, 1 or 2.");
-  io.require(!smooth_v || pv == 0, "attribute `smooth_v` is set, but `pv` is not 0 (e4m3).");
   Dims dense = {s.B, s.K, s.S, s.Hp}, turned = {s.B, s.K, s.Hp, s.Sp()};
   Dims tiles = {s.B, s.K, s.S64()}, channels = {s.B, s.K, s.Hp}, none = {0};
   constexpr ffi::DataType kPvTypes[] = {kE4M3, kF16, kBF16, kS8};
@@ -168,7 +167,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            int32_t backward, int32_t dp, int32_t exact_delta, float scale,
                            int64_t window_left, int64_t window_right) {
-  Buffers io("sage_jax_attend_backward", args, rets, 17, 4);
+  Buffers io("sage_jax_attend_backward", args, rets, 18, 4);
   AttendBackward p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
   auto d = q8.dimensions();
@@ -184,6 +183,7 @@ ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
   p.k_mean = data<float>(io.operand("k_mean", {kF32}, {s.B, s.K, s.Hp}));
   p.v_dp = data<void>(io.operand("v_dp", {dp == 1 ? kS8 : kBF16}, dense));
   p.v_dp_scale = data<float>(io.operand("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
+  p.v_mean = data<float>(io.operand("v_mean", {kF32}, {s.B, s.K, s.Hp}));
   p.m = data<float>(io.operand("m", {kF32}, rows));
   p.l = data<float>(io.operand("l", {kF32}, rows));
   auto out = io.operand("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});

@@ -102,7 +102,7 @@ struct AttendBackward {
   const int8_t* k8;
   const float *k_scale, *k_mean;
   const void* v_dp;
-  const float *v_dp_scale, *m, *l;
+  const float *v_dp_scale, *v_mean, *m, *l;
   Array out, dout;
   const float* dlse;
   Masks masks;

@@ -143,7 +143,8 @@ void finish_head(const Plan& plan, int64_t head) {
   finish_mean(v_mean, p.smooth_v, plan.v_sums + first, tiles, Hp, count);
   if (p.pv == Pv::int8) return;
   for (int64_t h = 0; h < Hp; h += kLanes) {
-    F top = splat(-kInfinity), bottom = splat(kInfinity), mean = loadf(v_mean + h);
+    F top = splat(-kInfinity), bottom = splat(kInfinity);
+    F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
     for (int64_t tile = 0; tile < tiles; ++tile) {
       top = max(top, loadf(plan.v_max + first + tile * Hp + h));
       bottom = min(bottom, loadf(plan.v_min + first + tile * Hp + h));
@@ -189,15 +190,20 @@ struct TileScratch {
   uint8_t *codes, *reordered;  // [64, Hp], [16, Hp]
 };
 
+// Subtracts a mean from the tokens that take part.
+void subtract(float* x, const float* mean, const Plan& plan, const TileAt& at) {
+  const bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
+  for (int64_t j = 0; j < at.valid; ++j) {
+    if (bad[j]) continue;
+    float* row = x + j * plan.s.Hp;
+    for (int64_t h = 0; h < plan.s.Hp; h += kLanes) store(row + h, loadf(row + h) - loadf(mean + h));
+  }
+}
+
 void encode_k(const Plan& plan, const TileAt& at, int64_t item, const TileScratch& scratch) {
   const Shape& s = plan.s;
   const bool* bad = plan.bad + at.head * s.Sp() + at.first;
-  const float* mean = plan.p.k_mean + at.head * s.Hp;
-  for (int64_t j = 0; j < at.valid; ++j) {
-    if (bad[j]) continue;
-    float* row = scratch.k + j * s.Hp;
-    for (int64_t h = 0; h < s.Hp; h += kLanes) store(row + h, loadf(row + h) - loadf(mean + h));
-  }
+  subtract(scratch.k, plan.p.k_mean + at.head * s.Hp, plan, at);
   auto* codes = reinterpret_cast<int8_t*>(scratch.codes);
   float scale = int8_tile(codes, scratch.k, s.Hp);
   int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
@@ -215,8 +221,7 @@ void encode_v(const Plan& plan, const TileAt& at, int64_t item, const TileScratc
   int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
   int64_t dense = (at.head * s.S + at.first) * s.Hp;        // in [B, K, S, Hp]
   int64_t transposed = at.head * s.Hp * s.Sp() + at.first;  // in [B, K, Hp, Sp]
-  const float *amax = plan.v_amax + at.head * s.Hp, *mean = plan.p.v_mean + at.head * s.Hp;
-  const bool* bad = plan.bad + at.head * s.Sp() + at.first;
+  const float* amax = plan.v_amax + at.head * s.Hp;
   auto* halves = static_cast<uint16_t*>(plan.p.v_pv) + dense;
   auto* bytes = static_cast<uint8_t*>(plan.p.v_pv) + transposed;
   if (plan.p.pv == Pv::int8) {
@@ -239,7 +244,6 @@ void encode_v(const Plan& plan, const TileAt& at, int64_t item, const TileScratc
       } else if (plan.p.pv == Pv::f16) {
         store_f16(halves + j * s.Hp + h, x * inverse);
       } else {
-        if (plan.p.smooth_v && j < at.valid && !bad[j]) x -= loadf(mean + h);
         store(scratch.codes + j * s.Hp + h, __builtin_convertvector(e4m3_code(x * inverse), Bytes));
       }
     }
@@ -295,7 +299,10 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
       load_tile(scratch.k, plan, at, p.k);
       load_tile(scratch.v, plan, at, p.v);
       encode_k(plan, at, item, scratch);
+      const float* v_mean = p.v_mean + at.head * s.Hp;
+      if (p.pv == Pv::e4m3 && p.smooth_v) subtract(scratch.v, v_mean, plan, at);
       encode_v(plan, at, item, scratch);
+      if (p.pv != Pv::e4m3 && p.smooth_v) subtract(scratch.v, v_mean, plan, at);
       encode_v_dp(plan, at, item, scratch);
     }
   });

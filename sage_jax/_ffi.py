@@ -36,7 +36,7 @@ LAYOUTS = {  # operands, results: see _batching.py
         "B.N. BN. BN. BN.",
     ),
     "attend_backward": (
-        "BN.. BN. BK.. BK. BK. BK.. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
+        "BN.. BN. BK.. BK. BK. BK.. BK. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
         "B.N. B.K. B.K. BN..",
     ),
 }
@@ -255,10 +255,10 @@ def _reference(name, settings: Settings, *operands):
             head_dim=settings.head_dim,
             out_dtype=settings.dtype,
         )
-    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, *rows = operands[:-5]
+    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, v_mean, *rows = operands[:-5]
     return reference.attend_backward(
         QuantizedQ(q8, q_scale, None),
-        QuantizedKV(k8, k_scale, k_mean, None, None, None, v_dp, v_dp_scale),
+        QuantizedKV(k8, k_scale, k_mean, None, None, v_mean, v_dp, v_dp_scale),
         *rows,
         masks,
         backward=recipe.backward,

@@ -68,7 +68,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
       k, v: [B, S, K, H], bf16, f16 or f32.
       bounds: int32 [B, 3].
       pv: "e4m3" | "f16" | "bf16" | "int8"; v_range: largest |code| of an e4m3 V; smooth_k: subtract K's token mean.
-      smooth_v: subtract V's token mean from what P·V takes (SageAttention2, arXiv 2411.10958); pv "e4m3" only.
+      smooth_v: subtract V's token mean (SageAttention2, arXiv 2411.10958) from an e4m3 `v_pv` and from `v_dp`.
       dp: None | "int8" | "bf16": the format in which V is kept for dO·Vᵀ.
     """
     tokens = k.shape[1]
@@ -90,8 +90,9 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     negated = jnp.where(k_scale == 0, qz.BAD_ZERO_SCALE, -k_scale)
     k_scale = jnp.where(bad_tile, negated, k_scale)
 
-    v_pv, v_scale = _values_for_pv(jnp.where(used, v - v_mean[..., None, :], 0.0), pv, v_range)
-    v_dp, v_dp_scale = _values_for_dp(v, dp)
+    deviations = jnp.where(used, v - v_mean[..., None, :], 0.0)
+    v_pv, v_scale = _values_for_pv(deviations if pv == "e4m3" else v, pv, v_range)
+    v_dp, v_dp_scale = _values_for_dp(deviations, dp)
     return QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale)
 
 
@@ -285,7 +286,7 @@ def attend_backward(
     """Gradients of `attend` (`docs/abi.md`, section 4).
 
     Args:
-      qq, kv: of the forward pass; only q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale are used.
+      qq, kv: of the forward pass; v_pv, v_scale and lse_shift are not used.
       m, l, dlse: float32 [B, N, T]; out, dout: [B, T, N, H].
       backward: "train8" | "sagebwd"; dp: "int8" | "bf16"; dtypes: of (dq, dk, dv).
 
@@ -311,7 +312,7 @@ def attend_backward(
     if exact_delta:
         delta = jnp.sum(e * d_p, axis=-1) * inverse_l - dlse
     else:
-        delta = jnp.sum(dout * out, axis=-1) - dlse
+        delta = jnp.sum(dout * (out - kv.v_mean[:, :, None, None, :]), axis=-1) - dlse
 
     if backward == "train8":
         dq, dk, dv = _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim, dp)

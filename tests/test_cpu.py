@@ -104,7 +104,7 @@ def attend_backward(
     batch, keys = qq.q8.shape[0], kv.k8.shape[2]
     kv_shape = (batch, keys, kv.k8.shape[1], out.shape[-1])
     logits = (*l.shape, keys) if with_dlogits else (0, 0, 0, 0)
-    operands = (qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale)
+    operands = (qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, kv.v_mean)
     return call(
         "sage_jax_attend_backward",
         [(out.shape, dtypes[0]), (kv_shape, dtypes[1]), (kv_shape, dtypes[2]), (logits, F32)],

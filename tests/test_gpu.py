@@ -156,7 +156,7 @@ def attend_operands(qq, kv, masks):
 
 def backward_operands(qq, kv, rows, dout, dlse, masks):
     out, _, m, l = rows
-    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale
+    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, kv.v_mean
     return *kept, m, l, out, dout, dlse, *masks
 
 

@@ -84,6 +84,27 @@ def test_a_mean_of_the_values_costs_nothing(name):
     assert error(PRESETS[name].replace(smooth_v=False)) > 5 * FORWARD_BOUND[name]
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [TRAIN8, TRAIN8.replace(delta="exact"), TRAIN8.replace(pv="bf16"), TRAIN8.replace(dp="bf16")],
+    ids=lambda r: r.name,
+)
+def test_a_mean_of_the_values_costs_gradients_nothing(recipe):
+    """dS is what dO·Vᵀ differs in between keys: of a mean ten times the deviations nothing may be left but rounding of O."""
+    case = Case("mean", T=130, S=200, lengths=True, right=0, bottom_right=True)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    v = v + 10 * jax.random.normal(jax.random.key(0), (1, 1, case.K, case.H))
+    exact = exact_gradients(q, k, v, dout, dlse, masks, **window(case))[2:5]
+
+    def worst(recipe):
+        ours = gradients(q, k, v, dout, dlse, masks, recipe, **window(case))[2:5]
+        return max(relative_l2(x, y) for x, y in zip(ours, exact))
+
+    assert worst(recipe) < 0.08
+    if recipe.dp == "int8":
+        assert worst(recipe.replace(smooth_v=False)) > 2 * worst(recipe)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_near_those_of_jax(case):
     q, k, v, dout, dlse, masks = make_inputs(case)

@@ -226,6 +226,7 @@ struct Gradients {
     p.exact_delta = exact, p.scale = x.scale, p.portable = portable;
     p.q8 = x.q8.data, p.q_scale = x.q_scale.data, p.k8 = x.k8.data, p.k_scale = x.k_scale.data;
     p.k_mean = x.k_mean.data, p.v_dp = x.v_dp.data, p.v_dp_scale = x.v_dp_scale.data;
+    p.v_mean = x.v_mean.data;
     p.m = forward.m.data, p.l = forward.l.data, p.out_dtype = Dtype::kBf16, p.out = out.data;
     p.dout = dout.data, p.dlse = dlse.data, p.dq_dtype = p.dk_dtype = p.dv_dtype = dtype;
     p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;

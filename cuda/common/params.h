@@ -49,7 +49,7 @@ struct QuantizeKvParams {
   DpFormat dp;
   float v_range;
   bool smooth_k;
-  bool smooth_v;      // with kE4m3 only
+  bool smooth_v;
   int8_t* k8;         // [B, K, S, Hp]
   float* k_scale;     // [B, K, S64]
   float* k_mean;      // [B, K, Hp]
@@ -112,6 +112,7 @@ struct BackwardParams {
   const float* k_mean;      // [B, K, Hp]
   const void* v_dp;         // [B, K, S, Hp], s8 or bf16
   const float* v_dp_scale;  // [B, K, S64] for kInt8
+  const float* v_mean;      // [B, K, Hp]
   const float* m;           // [B, N, T]
   const float* l;           // [B, N, T]
   Dtype out_dtype;          // of out and dout

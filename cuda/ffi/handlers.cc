@@ -78,7 +78,6 @@ ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, 
   const int64_t B = axis(k, 0), S = axis(k, 1), K = axis(k, 2), H = axis(k, 3), Hp = axis(*k8, 3);
   const int64_t S64 = tiles64(S), Sp = 64 * S64;
   check.require(pv >= 0 && pv <= 3 && dp >= 0 && dp <= 2, "pv must be 0 to 3 and dp 0 to 2");
-  check.require(!smooth_v || pv == 0, "smooth_v goes with pv 0 (e4m3) only");
   check.require(H <= Hp && (Hp == 64 || Hp == 128 || Hp == 256), "Hp must be 64, 128 or 256");
   if (check.failed()) return check.result();
   const bool transposed = pv == 0 || pv == 3;
@@ -218,9 +217,9 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
 }
 
 ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, Arg k_scale,
-                                   Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg m, Arg l, Arg out,
-                                   Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg, Arg mask,
-                                   Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
+                                   Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg v_mean, Arg m, Arg l,
+                                   Arg out, Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg,
+                                   Arg mask, Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
                                    int32_t backward, int32_t dp, int32_t exact_delta, float scale,
                                    int64_t window_left, int64_t window_right) {
   Check check("sage_jax_attend_backward");
@@ -234,6 +233,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   check.buffer("v_dp", v_dp, {B, K, S, Hp}, {dp == 1 ? DataType::S8 : DataType::BF16});
   check.buffer("v_dp_scale", v_dp_scale, dp == 1 ? Shape{B, K, tiles64(S)} : Shape{0},
                {DataType::F32});
+  check.buffer("v_mean", v_mean, {B, K, Hp}, {DataType::F32});
   check.buffer("m", m, {B, N, T}, {DataType::F32});
   check.buffer("l", l, {B, N, T}, {DataType::F32});
   check.buffer("out", out, {B, T, N, H}, kFloats);
@@ -259,6 +259,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   params.k_mean = data<const float>(k_mean);
   params.v_dp = data<const void>(v_dp);
   params.v_dp_scale = data<const float>(v_dp_scale);
+  params.v_mean = data<const float>(v_mean);
   params.m = data<const float>(m);
   params.l = data<const float>(l);
   params.out_dtype = dtype_of(out);
@@ -331,7 +332,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendCuda, sage::attend_handler,
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendBackwardCuda, sage::attend_backward_handler,
-                              (sage::bind<17, 5>()
+                              (sage::bind<18, 5>()
                                    .Attr<int32_t>("backward")
                                    .Attr<int32_t>("dp")
                                    .Attr<int32_t>("exact_delta")

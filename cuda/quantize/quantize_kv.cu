@@ -24,7 +24,7 @@ struct Statistics {
   float* value_sums;   // [B, K, S64, Hp]
   float* value_max;    // [B, K, S64, Hp]; -inf where no token counts
   float* value_min;    // [B, K, S64, Hp]; inf where no token counts
-  float* channel_max;  // [B, K, Hp]: of |V - mean|
+  float* channel_max;  // [B, K, Hp]: of |V|, for e4m3 of |V - mean|
   int* used;           // [B, K, S64] tokens counted
 
   __host__ __device__ Statistics(const AttentionShape& s, void* workspace) {
@@ -225,7 +225,8 @@ __global__ void __launch_bounds__(kReduceRows * 32, 1) reduce_statistics(const Q
   p.k_mean[at] = p.smooth_k ? mean(key_sums[0]) : 0.0f;
   p.v_mean[at] = value_mean;
   // Rounding keeps order: this is the largest of the rounded |v - mean|.
-  in.channel_max[at] = fmaxf(0.0f, fmaxf(largest - value_mean, value_mean - smallest));
+  const float removed = p.pv == PvFormat::kE4m3 ? value_mean : 0.0f;
+  in.channel_max[at] = fmaxf(0.0f, fmaxf(largest - removed, removed - smallest));
 }
 
 // ----------------------------------------------------------------------------------------------
@@ -244,11 +245,21 @@ __device__ __forceinline__ GroupScale channel_scale(const QuantizeKvParams& p, f
   return {1.0f, 1.0f};
 }
 
+// The scale of the block's tokens and channels as one INT8 group.
+template <class Rows>
+__device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kChannels],
+                                                 float* scratch) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
+  return group_scale(block_max<Rows::kThreads>(largest, scratch), 127.0f);
+}
+
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ TransposedTile<kHeadDim> transposed;
-  __shared__ float scratch_k[Rows::kThreads / kWarpSize], scratch_v[Rows::kThreads / kWarpSize];
+  __shared__ float scratch[3][Rows::kThreads / kWarpSize];
   const TileIndex at(p, true);
   const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
   const int64_t tile = at.plane * at.tiles + at.tile;
@@ -260,28 +271,31 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   const auto token = [&](int i) { return first + i % 2 + i / 2 * 8; };
   const TokenPairs<Piece> x(Rows(), p, at, token);
   const bool bad_tile = __syncthreads_or(x.bad != 0);
+  // Calls write(i, element) for the thread's tokens, `element` counting in [B, K, S, Hp].
+  const auto write_tokens = [&](auto write) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (token(i) < keys) write(i, (at.plane * keys + token(i)) * kHeadDim + channel);
+    }
+  };
   float y[kPerThread][kChannels];
 
   // -------------------------------------------------------------------------------------------
   // keys
   float mean[kChannels] = {};
   if (p.smooth_k) load_floats(mean, p.k_mean + channels);
-  float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     x.k[i].unpack(y[i]);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
-    largest = fmaxf(largest, largest_magnitude(y[i]));
   }
-  const GroupScale key_scale = group_scale(block_max<Rows::kThreads>(largest, scratch_k), 127.0f);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
+  const GroupScale key_scale = tile_scale<Rows>(y, scratch[0]);
+  write_tokens([&](int i, int64_t element) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
     if ((x.bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
-    if (token(i) >= keys) continue;
-    *reinterpret_cast<uint2*>(p.k8 + (at.plane * keys + token(i)) * kHeadDim + channel) = codes;
-  }
+    *reinterpret_cast<uint2*>(p.k8 + element) = codes;
+  });
   if (threadIdx.x == 0) {
     const float negated = key_scale.scale == 0.0f ? kBadZeroScale : -key_scale.scale;
     p.k_scale[tile] = bad_tile ? negated : key_scale.scale;
@@ -291,29 +305,6 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   // values
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
-  GroupScale tile_scale = {0.0f, 0.0f};
-  if (p.pv == PvFormat::kInt8 || p.dp == DpFormat::kInt8) {
-    largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(y[i]));
-    tile_scale = group_scale(block_max<Rows::kThreads>(largest, scratch_v), 127.0f);
-    if (threadIdx.x == 0) {
-      if (p.pv == PvFormat::kInt8) p.v_scale[tile] = tile_scale.scale;
-      if (p.dp == DpFormat::kInt8) p.v_dp_scale[tile] = tile_scale.scale;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t element = (at.plane * keys + token(i)) * kHeadDim + channel;
-    if (token(i) >= keys || p.dp == DpFormat::kNone) continue;
-    if (p.dp == DpFormat::kInt8) {
-      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.v_dp) + element) =
-          int8_codes(y[i], tile_scale.inverse);
-    } else {
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(y[i], true);
-    }
-  }
-
   float inverse[kChannels], channel_max[kChannels] = {};
   if (has_channel_scales(p.pv)) {
     load_floats(channel_max, Statistics(p.shape, p.workspace).channel_max + channels);
@@ -321,7 +312,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const GroupScale scale = channel_scale(p, channel_max[c]);
-    inverse[c] = p.pv == PvFormat::kInt8 ? tile_scale.inverse : scale.inverse;
+    inverse[c] = scale.inverse;
     if (at.tile == 0 && row == 0) {
       if (p.pv != PvFormat::kInt8) p.v_scale[channels + c] = scale.scale;
       if (!p.smooth_k) p.k_mean[channels + c] = 0.0f;
@@ -329,40 +320,58 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     }
   }
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
+    write_tokens([&](int i, int64_t element) {
+      float scaled[kChannels];
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (token(i) >= keys) continue;
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) y[i][c] *= inverse[c];
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_pv) +
-                                (at.plane * keys + token(i)) * kHeadDim + channel) =
-          halves(y[i], p.pv == PvFormat::kBf16);
-    }
-    return;
-  }
-  if (p.pv == PvFormat::kE4m3) {
-    if (p.smooth_v) load_floats(mean, p.v_mean + channels);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        if (p.smooth_v && x.used[i]) y[i][c] -= mean[c];
-      }
-      transposed.word(channel + c, row) =
-          ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
-                              __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
-    }
-  } else {
+      for (int c = 0; c < kChannels; ++c) scaled[c] = y[i][c] * inverse[c];
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_pv) + element) =
+          halves(scaled, p.pv == PvFormat::kBf16);
+    });
+  } else if (p.pv == PvFormat::kInt8) {
+    const GroupScale scale = tile_scale<Rows>(y, scratch[1]);
+    if (threadIdx.x == 0) p.v_scale[tile] = scale.scale;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       uint32_t word = 0;
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], inverse[c]))) << (8 * i);
+        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], scale.inverse))) << (8 * i);
       }
       transposed.word(channel + c, row) = word;
     }
   }
+
+  // -----------------------------------------------------------------------------------------
+  // values without their mean
+  if (p.smooth_v) {
+    load_floats(mean, p.v_mean + channels);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
+    }
+  }
+  if (p.dp == DpFormat::kInt8) {
+    const GroupScale scale = tile_scale<Rows>(y, scratch[2]);
+    if (threadIdx.x == 0) p.v_dp_scale[tile] = scale.scale;
+    write_tokens([&](int i, int64_t element) {
+      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.v_dp) + element) =
+          int8_codes(y[i], scale.inverse);
+    });
+  } else if (p.dp == DpFormat::kBf16) {
+    write_tokens([&](int i, int64_t element) {
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(y[i], true);
+    });
+  }
+  if (p.pv == PvFormat::kE4m3) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      transposed.word(channel + c, row) =
+          ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
+                              __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
+    }
+  }
+  if (p.pv != PvFormat::kE4m3 && p.pv != PvFormat::kInt8) return;
   __syncthreads();
   const int64_t padded_keys = static_cast<int64_t>(at.tiles) * kTileKeys;
   transposed.store(
@@ -380,7 +389,7 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
   if (tiles > INT32_MAX) return "batch · key heads · key length is too large; split the batch";
   const dim3 grid(static_cast<unsigned>(tiles)), block(2 * kHeadDim);
   const char* error = nullptr;
-  if (p.smooth_k || has_channel_scales(p.pv)) {
+  if (p.smooth_k || p.smooth_v || has_channel_scales(p.pv)) {
     error = launch(tile_statistics<kHeadDim, Piece>, grid, block, 0, stream, p);
     if (error != nullptr) return error;
     const dim3 reduce_grid(static_cast<unsigned>(tiles > 0 ? planes * (kHeadDim / 32) : 0));
