@@ -314,6 +314,14 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     }
   }
 
+  if (p.pv == PvFormat::kE4m3) {
+    load_floats(mean, p.v_mean + channels);  // 0 where values are not smoothed
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) y[i][c] -= x.used[i] ? mean[c] : 0.0f;
+    }
+  }
   float inverse[kChannels], channel_max[kChannels] = {};
   if (has_channel_scales(p.pv)) {
     load_floats(channel_max, Statistics(p.shape, p.workspace).channel_max + channels);
@@ -325,7 +333,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     if (at.tile == 0 && row == 0) {
       if (p.pv != PvFormat::kInt8) p.v_scale[channels + c] = scale.scale;
       if (!p.smooth_k) p.k_mean[channels + c] = 0.0f;
-      if (!p.smooth_v) p.v_mean[channels + c] = 0.0f;
+      if (!has_channel_scales(p.pv)) p.v_mean[channels + c] = 0.0f;
     }
   }
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
@@ -341,13 +349,8 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     return;
   }
   if (p.pv == PvFormat::kE4m3) {
-    if (p.smooth_v) load_floats(mean, p.v_mean + channels);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        if (p.smooth_v && x.used[i]) y[i][c] -= mean[c];
-      }
       transposed.word(channel + c, row) =
           ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
                               __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
