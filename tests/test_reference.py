@@ -102,7 +102,7 @@ def test_a_mean_of_the_values_costs_gradients_nothing(recipe):
 
     assert worst(recipe) < 0.08
     if recipe.dp == "int8":
-        assert worst(recipe.replace(smooth_v=False)) > 2 * worst(recipe)
+        assert worst(recipe.replace(smooth_v=False)) > 1.5 * worst(recipe)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

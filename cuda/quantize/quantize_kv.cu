@@ -305,21 +305,29 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   // values
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
-  float inverse[kChannels], channel_max[kChannels] = {};
-  if (has_channel_scales(p.pv)) {
-    load_floats(channel_max, Statistics(p.shape, p.workspace).channel_max + channels);
-  }
+  if (at.tile == 0 && row == 0) {
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    const GroupScale scale = channel_scale(p, channel_max[c]);
-    inverse[c] = scale.inverse;
-    if (at.tile == 0 && row == 0) {
-      if (p.pv != PvFormat::kInt8) p.v_scale[channels + c] = scale.scale;
+    for (int c = 0; c < kChannels; ++c) {
       if (!p.smooth_k) p.k_mean[channels + c] = 0.0f;
       if (!p.smooth_v) p.v_mean[channels + c] = 0.0f;
     }
   }
+  float inverse[kChannels];
+  // The thread's channel scales, which the first tile's threads write down.
+  const auto scale_channels = [&] {
+    float largest[kChannels] = {};
+    if (has_channel_scales(p.pv)) {
+      load_floats(largest, Statistics(p.shape, p.workspace).channel_max + channels);
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const GroupScale scale = channel_scale(p, largest[c]);
+      inverse[c] = scale.inverse;
+      if (at.tile == 0 && row == 0) p.v_scale[channels + c] = scale.scale;
+    }
+  };
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
+    scale_channels();
     write_tokens([&](int i, int64_t element) {
       float scaled[kChannels];
 #pragma unroll
@@ -364,6 +372,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     });
   }
   if (p.pv == PvFormat::kE4m3) {
+    scale_channels();
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       transposed.word(channel + c, row) =
