@@ -190,6 +190,7 @@ void Worker::multiply(int64_t begin, int64_t count) {
 void Worker::finish() {
   float unit = p.pv == Pv::e4m3 ? 1.f / 256.f : 1.f;
   const float* scales = p.pv == Pv::int8 ? nullptr : p.v_scale + head * s.Hp;
+  const float* mean = p.pv == Pv::e4m3 ? p.v_mean + head * s.Hp : nullptr;
   for (int64_t r = 0; r < rows; ++r) {
     int64_t at = flat(r);
     float sum = total(l[r]);
@@ -198,7 +199,8 @@ void Worker::finish() {
     float* row = sums + r * s.Hp;
     for (int64_t h = 0; h < s.Hp; h += kLanes) {
       F x = loadf(row + h) * inverse;
-      store(row + h, scales ? x * loadf(scales + h) : x);
+      if (scales) x *= loadf(scales + h);
+      store(row + h, mean && sum != 0 ? x + loadf(mean + h) : x);
     }
     store_row(p.out, ((b * s.T + query(r)) * s.N + query_head(r)) * s.H, row, s.H);
     p.m[at] = is_nan(p.q_scale[at]) && sees_any[r] ? sum : m[r];

@@ -80,6 +80,7 @@ void prepare_rows(const Prepared& f, Block& block, KeyTile& tile) {
     __builtin_memset(x_amax, 0, s.Hp * sizeof(float));
     __builtin_memset(y_amax, 0, s.Hp * sizeof(float));
   }
+  const float* v_mean = p.v_mean + block.head() * s.Hp;
   float out[256];
   for (int64_t r = 0; r < block.count; ++r) {
     int64_t at = block.row(r);
@@ -88,7 +89,9 @@ void prepare_rows(const Prepared& f, Block& block, KeyTile& tile) {
     const float* dout = block.dout + r * s.Hp;
     load_row(out, p.out, ((block.b * s.T + block.first + r) * s.N + block.n) * s.H, s.H, s.Hp);
     F dot{};
-    for (int64_t h = 0; h < s.Hp; h += kLanes) dot += loadf(dout + h) * loadf(out + h);
+    for (int64_t h = 0; h < s.Hp; h += kLanes) {
+      dot += loadf(dout + h) * (loadf(out + h) - loadf(v_mean + h));
+    }
     float dlse = p.dlse[at];
     f.delta[at] = total(dot) - dlse;
     if (p.backward != Backward::train8) continue;

@@ -78,8 +78,9 @@ Masks read_masks(Buffers& io, const Shape& s, int64_t window_left, int64_t windo
 }
 
 ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                       int32_t pv, float v_range, int32_t smooth_k, int32_t dp) {
-  Buffers io("sage_jax_quantize_kv", args, rets, 3, 7);
+                       int32_t pv, float v_range, int32_t smooth_k, int32_t smooth_v,
+                       int32_t dp) {
+  Buffers io("sage_jax_quantize_kv", args, rets, 3, 8);
   auto k = io.operand("k", {kF32, kF16, kBF16}, kRank4);
   auto d = k.dimensions();
   Shape s = {d[0], 0, d[1], 0, d[2], d[3], padded_head_dim(io, d[3])};
@@ -91,14 +92,15 @@ ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
   Dims tiles = {s.B, s.K, s.S64()}, channels = {s.B, s.K, s.Hp}, none = {0};
   constexpr ffi::DataType kPvTypes[] = {kE4M3, kF16, kBF16, kS8};
   QuantizeKv p = {
-      s,       array(k),      array(v),           data<int32_t>(bounds), static_cast<Pv>(pv),
-      v_range, smooth_k != 0, static_cast<Dp>(dp)};
+      s,       array(k),      array(v),      data<int32_t>(bounds), static_cast<Pv>(pv),
+      v_range, smooth_k != 0, smooth_v != 0, static_cast<Dp>(dp)};
   p.k8 = data<int8_t>(io.result("k8", {kS8}, dense));
   p.k_scale = data<float>(io.result("k_scale", {kF32}, tiles));
   p.k_mean = data<float>(io.result("k_mean", {kF32}, channels));
   bool transposed = pv == 0 || pv == 3;
   p.v_pv = data<void>(io.result("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
   p.v_scale = data<float>(io.result("v_scale", {kF32}, pv == 3 ? tiles : channels));
+  p.v_mean = data<float>(io.result("v_mean", {kF32}, channels));
   p.v_dp = data<void>(io.result("v_dp", {dp == 2 ? kBF16 : kS8}, dp ? dense : none));
   p.v_dp_scale = data<float>(io.result("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
   return run(io, kernels().quantize_kv, p, pool);
@@ -125,7 +127,7 @@ ffi::Error quantize_q(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
 ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
                   int64_t window_right) {
-  Buffers io("sage_jax_attend", args, rets, 12, 4);
+  Buffers io("sage_jax_attend", args, rets, 13, 4);
   Attend p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
   auto d = q8.dimensions();
@@ -142,6 +144,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   p.k_scale = data<float>(io.operand("k_scale", {kF32}, tiles));
   p.v_pv = data<void>(io.operand("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
   p.v_scale = data<float>(io.operand("v_scale", {kF32}, pv == 3 ? tiles : channels));
+  p.v_mean = data<float>(io.operand("v_mean", {kF32}, channels));
   p.masks = read_masks(io, s, window_left, window_right);
   auto out = io.result("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
   s.H = out.dimensions()[3];
@@ -164,7 +167,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            int32_t backward, int32_t dp, int32_t exact_delta, float scale,
                            int64_t window_left, int64_t window_right) {
-  Buffers io("sage_jax_attend_backward", args, rets, 17, 4);
+  Buffers io("sage_jax_attend_backward", args, rets, 18, 4);
   AttendBackward p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
   auto d = q8.dimensions();
@@ -180,6 +183,7 @@ ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
   p.k_mean = data<float>(io.operand("k_mean", {kF32}, {s.B, s.K, s.Hp}));
   p.v_dp = data<void>(io.operand("v_dp", {dp == 1 ? kS8 : kBF16}, dense));
   p.v_dp_scale = data<float>(io.operand("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
+  p.v_mean = data<float>(io.operand("v_mean", {kF32}, {s.B, s.K, s.Hp}));
   p.m = data<float>(io.operand("m", {kF32}, rows));
   p.l = data<float>(io.operand("l", {kF32}, rows));
   auto out = io.operand("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
@@ -222,6 +226,7 @@ XLA_FFI_Error* quantize_kv_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<int32_t>("pv")
                              .Attr<float>("v_range")
                              .Attr<int32_t>("smooth_k")
+                             .Attr<int32_t>("smooth_v")
                              .Attr<int32_t>("dp")
                              .To(quantize_kv)
                              .release();

@@ -55,13 +55,14 @@ struct QuantizeKv {
   const int32_t* bounds;
   Pv pv;
   float v_range;
-  bool smooth_k;
+  bool smooth_k, smooth_v;
   Dp dp;
   int8_t* k8;
   float* k_scale;
   float* k_mean;
   void* v_pv;
   float* v_scale;
+  float* v_mean;
   void* v_dp;
   float* v_dp_scale;
 };
@@ -85,7 +86,7 @@ struct Attend {
   const int8_t* k8;
   const float* k_scale;
   const void* v_pv;
-  const float* v_scale;
+  const float *v_scale, *v_mean;
   Masks masks;
   Pv pv;
   bool f16_accumulate;
@@ -101,7 +102,7 @@ struct AttendBackward {
   const int8_t* k8;
   const float *k_scale, *k_mean;
   const void* v_dp;
-  const float *v_dp_scale, *m, *l;
+  const float *v_dp_scale, *v_mean, *m, *l;
   Array out, dout;
   const float* dlse;
   Masks masks;

@@ -1,6 +1,6 @@
 // sage_jax_quantize_kv (docs/abi.md, section 1), in three sweeps over tiles of 64 tokens:
-//   1. which keys are bad, each tile's sum of K and, for scales per channel, its maxima of |V|;
-//   2. per head: the mean of K and the channel scales of V;
+//   1. which keys are bad, each tile's sums of K and V and, for scales per channel, extremes of V;
+//   2. per head: the means of K and V and the channel scales of V;
 //   3. codes and tile scales.
 // The second sweep over k and v finds most of them still in cache.
 #include "numerics.h"
@@ -14,8 +14,9 @@ struct Plan {
   Shape s;
   int64_t tiles;
   bool* bad;      // [B, K, Sp]: valid, but holds a NaN or Inf
-  float* sums;    // [B, K, S64, Hp]: of K over the tile
-  float* v_amax;  // [B, K, S64, Hp]
+  float *k_sums, *v_sums;  // [B, K, S64, Hp]: over the tile
+  float *v_max, *v_min;    // [B, K, S64, Hp]
+  float* v_amax;           // [B, K, Hp]: largest |v - v_mean|
 
   int64_t valid_keys(int64_t b) const {
     int64_t keys = p.bounds[3 * b + 1];
@@ -86,13 +87,22 @@ void summarise_tile(const Plan& plan, int64_t item, float* k, float* v) {
   find_bad(plan, at, k, v);
   if (plan.p.smooth_k) {
     halving_sum(k, kTile, Hp);
-    __builtin_memcpy(plan.sums + item * Hp, k, Hp * sizeof(float));
+    __builtin_memcpy(plan.k_sums + item * Hp, k, Hp * sizeof(float));
   }
-  float* amax = plan.v_amax + item * Hp;
+  const bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
   for (int64_t h = 0; h < Hp; h += kLanes) {
-    F top{};
-    for (int64_t j = 0; j < kTile; ++j) top = max(top, absolute(loadf(v + j * Hp + h)));
-    store(amax + h, top);
+    F top = splat(-kInfinity), bottom = splat(kInfinity);
+    for (int64_t j = 0; j < at.valid; ++j) {
+      if (bad[j]) continue;
+      top = max(top, loadf(v + j * Hp + h));
+      bottom = min(bottom, loadf(v + j * Hp + h));
+    }
+    store(plan.v_max + item * Hp + h, top);
+    store(plan.v_min + item * Hp + h, bottom);
+  }
+  if (plan.p.smooth_v) {
+    halving_sum(v, kTile, Hp);
+    __builtin_memcpy(plan.v_sums + item * Hp, v, Hp * sizeof(float));
   }
 }
 
@@ -111,34 +121,42 @@ void add_tiles(float* sums, int64_t tiles, int64_t Hp) {
   }
 }
 
-void finish_head(const Plan& plan, int64_t head) {
-  int64_t Hp = plan.s.Hp, tiles = plan.tiles, b = head / plan.s.K;
-  float* mean = plan.p.k_mean + head * Hp;
+// The mean of the tiles' sums (which are overwritten) over `count` tokens; 0 where `smooth` is not.
+void finish_mean(float* mean, bool smooth, float* sums, int64_t tiles, int64_t Hp, int32_t count) {
   __builtin_memset(mean, 0, Hp * sizeof(float));
-  if (plan.p.smooth_k && tiles) {
-    const bool* bad = plan.bad + head * plan.s.Sp();
-    int32_t count = 0;
-    for (int64_t j = 0; j < plan.valid_keys(b); ++j) count += !bad[j];
-    float* sums = plan.sums + head * tiles * Hp;
-    add_tiles(sums, tiles, Hp);
-    float reciprocal = 1.f / static_cast<float>(count > 1 ? count : 1);
-    for (int64_t h = 0; h < Hp; h += kLanes) {
-      store(mean + h, round_bf16(loadf(sums + h) * reciprocal));
-    }
+  if (!smooth || !tiles) return;
+  add_tiles(sums, tiles, Hp);
+  float reciprocal = 1.f / static_cast<float>(count > 1 ? count : 1);
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    store(mean + h, round_bf16(loadf(sums + h) * reciprocal));
   }
-  if (plan.p.pv == Pv::int8) return;
-  float* amax =
-      plan.v_amax + head * tiles * Hp;  // the first tile's place becomes the head's maximum
-  for (int64_t h = 0; h < Hp; ++h) {
-    float top = 0;
+}
+
+void finish_head(const Plan& plan, int64_t head) {
+  const QuantizeKv& p = plan.p;
+  int64_t Hp = plan.s.Hp, tiles = plan.tiles, b = head / plan.s.K, first = head * tiles * Hp;
+  const bool* bad = plan.bad + head * plan.s.Sp();
+  float* v_mean = p.v_mean + head * Hp;
+  int32_t count = 0;
+  for (int64_t j = 0; j < plan.valid_keys(b); ++j) count += !bad[j];
+  finish_mean(p.k_mean + head * Hp, p.smooth_k, plan.k_sums + first, tiles, Hp, count);
+  finish_mean(v_mean, p.smooth_v, plan.v_sums + first, tiles, Hp, count);
+  if (p.pv == Pv::int8) return;
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F top = splat(-kInfinity), bottom = splat(kInfinity);
+    F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      if (amax[tile * Hp + h] > top) top = amax[tile * Hp + h];
+      top = max(top, loadf(plan.v_max + first + tile * Hp + h));
+      bottom = min(bottom, loadf(plan.v_min + first + tile * Hp + h));
     }
-    float scale = 1;
-    if (plan.p.pv == Pv::e4m3) scale = Group(top, plan.p.v_range).scale;
-    if (plan.p.pv == Pv::f16) scale = top < kTiny ? 0 : power_of_two(exponent_of(top));
-    plan.p.v_scale[head * Hp + h] = scale;
-    if (tiles) amax[h] = top;
+    // Rounding keeps order: this is the largest of the rounded |v - mean|.
+    store(plan.v_amax + head * Hp + h, max(F{}, max(top - mean, mean - bottom)));
+  }
+  for (int64_t h = 0; h < Hp; ++h) {
+    float top = plan.v_amax[head * Hp + h], scale = 1;
+    if (p.pv == Pv::e4m3) scale = Group(top, p.v_range).scale;
+    if (p.pv == Pv::f16) scale = top < kTiny ? 0 : power_of_two(exponent_of(top));
+    p.v_scale[head * Hp + h] = scale;
   }
 }
 
@@ -172,15 +190,20 @@ struct TileScratch {
   uint8_t *codes, *reordered;  // [64, Hp], [16, Hp]
 };
 
+// Subtracts a mean from the tokens that take part.
+void subtract(float* x, const float* mean, const Plan& plan, const TileAt& at) {
+  const bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
+  for (int64_t j = 0; j < at.valid; ++j) {
+    if (bad[j]) continue;
+    float* row = x + j * plan.s.Hp;
+    for (int64_t h = 0; h < plan.s.Hp; h += kLanes) store(row + h, loadf(row + h) - loadf(mean + h));
+  }
+}
+
 void encode_k(const Plan& plan, const TileAt& at, int64_t item, const TileScratch& scratch) {
   const Shape& s = plan.s;
   const bool* bad = plan.bad + at.head * s.Sp() + at.first;
-  const float* mean = plan.p.k_mean + at.head * s.Hp;
-  for (int64_t j = 0; j < at.valid; ++j) {
-    if (bad[j]) continue;
-    float* row = scratch.k + j * s.Hp;
-    for (int64_t h = 0; h < s.Hp; h += kLanes) store(row + h, loadf(row + h) - loadf(mean + h));
-  }
+  subtract(scratch.k, plan.p.k_mean + at.head * s.Hp, plan, at);
   auto* codes = reinterpret_cast<int8_t*>(scratch.codes);
   float scale = int8_tile(codes, scratch.k, s.Hp);
   int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
@@ -198,7 +221,7 @@ void encode_v(const Plan& plan, const TileAt& at, int64_t item, const TileScratc
   int64_t keys = s.S - at.first < kTile ? s.S - at.first : kTile;
   int64_t dense = (at.head * s.S + at.first) * s.Hp;        // in [B, K, S, Hp]
   int64_t transposed = at.head * s.Hp * s.Sp() + at.first;  // in [B, K, Hp, Sp]
-  const float* amax = plan.v_amax + at.head * plan.tiles * s.Hp;
+  const float* amax = plan.v_amax + at.head * s.Hp;
   auto* halves = static_cast<uint16_t*>(plan.p.v_pv) + dense;
   auto* bytes = static_cast<uint8_t*>(plan.p.v_pv) + transposed;
   if (plan.p.pv == Pv::int8) {
@@ -255,7 +278,10 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
                s.S64(),
                shared.take<bool>(heads * s.Sp()),
                shared.take<float>(p.smooth_k ? items * s.Hp : 0),
-               shared.take<float>(items * s.Hp)};
+               shared.take<float>(p.smooth_v ? items * s.Hp : 0),
+               shared.take<float>(items * s.Hp),
+               shared.take<float>(items * s.Hp),
+               shared.take<float>(heads * s.Hp)};
   on_workers(pool, items, [&](Items& work) {
     Scratch scratch;
     auto *k = scratch.take<float>(kTile * s.Hp), *v = scratch.take<float>(kTile * s.Hp);
@@ -273,7 +299,10 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
       load_tile(scratch.k, plan, at, p.k);
       load_tile(scratch.v, plan, at, p.v);
       encode_k(plan, at, item, scratch);
+      const float* v_mean = p.v_mean + at.head * s.Hp;
+      if (p.pv == Pv::e4m3 && p.smooth_v) subtract(scratch.v, v_mean, plan, at);
       encode_v(plan, at, item, scratch);
+      if (p.pv != Pv::e4m3 && p.smooth_v) subtract(scratch.v, v_mean, plan, at);
       encode_v_dp(plan, at, item, scratch);
     }
   });

@@ -29,14 +29,14 @@ PLATFORMS = {
 }  # of a native implementation: the name XLA registers it under
 
 LAYOUTS = {  # operands, results: see _batching.py
-    "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK.. BK."),
+    "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK. BK.. BK."),
     "quantize_q": ("B.N. BK. B.", "BN.. BN. BN."),
     "attend": (
-        "BN.. BN. BN. BK.. BK. BK.. BK. B. B. B. bn.. bn..",
+        "BN.. BN. BN. BK.. BK. BK.. BK. BK. B. B. B. bn.. bn..",
         "B.N. BN. BN. BN.",
     ),
     "attend_backward": (
-        "BN.. BN. BK.. BK. BK. BK.. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
+        "BN.. BN. BK.. BK. BK. BK.. BK. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
         "B.N. B.K. B.K. BN..",
     ),
 }
@@ -135,6 +135,7 @@ def _result_types(name, settings: Settings, operands):
             ((B, K, padded), jnp.float32),
             v_pv,
             ((B, K, tiles) if recipe.pv == "int8" else (B, K, padded), jnp.float32),
+            ((B, K, padded), jnp.float32),
             v_dp[settings.dp],
             ((B, K, tiles) if settings.dp == "int8" else none, jnp.float32),
         )
@@ -172,6 +173,7 @@ def _attributes(name, settings: Settings):
             "pv": i32(recipe.pv_code),
             "v_range": f32(recipe.v_range),
             "smooth_k": i32(recipe.smooth_k),
+            "smooth_v": i32(recipe.smooth_v),
             "dp": i32(dp),
         },
         "quantize_q": lambda: {"q_block": i64(recipe.q_block), **scale},
@@ -233,6 +235,7 @@ def _reference(name, settings: Settings, *operands):
                 pv=recipe.pv,
                 v_range=recipe.v_range,
                 smooth_k=recipe.smooth_k,
+                smooth_v=recipe.smooth_v,
                 dp=settings.dp,
             )
         )
@@ -240,10 +243,10 @@ def _reference(name, settings: Settings, *operands):
         return tuple(reference.quantize_q(*operands, q_block=recipe.q_block, scale=settings.scale))
     masks = Masks(*operands[-5:])
     if name == "attend":
-        q8, q_scale, lse_shift, k8, k_scale, v_pv, v_scale = operands[:7]
+        q8, q_scale, lse_shift, k8, k_scale, v_pv, v_scale, v_mean = operands[:8]
         return reference.attend(
             QuantizedQ(q8, q_scale, lse_shift),
-            QuantizedKV(k8, k_scale, None, v_pv, v_scale, None, None),
+            QuantizedKV(k8, k_scale, None, v_pv, v_scale, v_mean, None, None),
             masks,
             pv=recipe.pv,
             f16_accumulate=recipe.f16_accumulate,
@@ -252,10 +255,10 @@ def _reference(name, settings: Settings, *operands):
             head_dim=settings.head_dim,
             out_dtype=settings.dtype,
         )
-    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, *rows = operands[:-5]
+    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, v_mean, *rows = operands[:-5]
     return reference.attend_backward(
         QuantizedQ(q8, q_scale, None),
-        QuantizedKV(k8, k_scale, k_mean, None, None, v_dp, v_dp_scale),
+        QuantizedKV(k8, k_scale, k_mean, None, None, v_mean, v_dp, v_dp_scale),
         *rows,
         masks,
         backward=recipe.backward,
@@ -329,7 +332,7 @@ def _by_platform(name, settings: Settings, *operands):
 def _given_results(name, settings: Settings, given):
     """Which results an operation with these operands has; the others are zero-size."""
     if name == "quantize_kv":
-        return (True,) * 5 + (settings.dp is not None, settings.dp == "int8")
+        return (True,) * 6 + (settings.dp is not None, settings.dp == "int8")
     if name == "attend_backward":
         return True, True, True, given[-1]
     return (True,) * len(LAYOUTS[name][1].split())

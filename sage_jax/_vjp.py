@@ -1,8 +1,8 @@
 """Attention with its reverse-mode derivative: the forward pass keeps the 8-bit tensors, not the
 inputs.
 
-Residuals are q8, k8 and V in the format of dO·Vᵀ with their scales, the mean of K, the row values m
-and l, the output, and the masks: about 64% of the bytes that a bf16 forward pass keeps. Each array
+Residuals are q8, k8 and V in the format of dO·Vᵀ with their scales, the means of K and V, the row values
+m and l, the output, and the masks: about 64% of the bytes that a bf16 forward pass keeps. Each array
 made here carries the checkpoint name `RESIDUALS`.
 """
 
@@ -43,7 +43,7 @@ def quantize_q(settings: Settings, q, k_mean, bounds) -> QuantizedQ:
 
 def attend_quantized(settings: Settings, qq: QuantizedQ, kv: QuantizedKV, masks: Masks):
     """out [B, T, N, H], lse, m, l [B, N, T]."""
-    values = kv.k8, kv.k_scale, kv.v_pv, kv.v_scale
+    values = kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean
     return operation("attend", settings)(*qq, *values, *masks)
 
 
@@ -68,7 +68,8 @@ def _attention_fwd(settings, q, k, v, masks):
     check_differentiable(settings.recipe)
     settings = dataclasses.replace(settings, for_backward=True)
     qq, kv, (out, lse, m, l) = _forward(settings, q, k, v, masks)
-    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, m, l, out
+    values = kv.v_dp, kv.v_dp_scale, kv.v_mean
+    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, *values, m, l, out
     kept = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), kept)
     return (kept[-1], checkpoint_name(lse, RESIDUALS)), (kept, masks)
 

@@ -31,8 +31,10 @@ def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
     """Rows of the workspace of `sage_jax_quantize_kv`: partial reductions over tiles of 64 keys."""
     return (
         ("key_sums", "f32", (B, K, _tiles(S), Hp)),  # token sums of K per tile
-        ("value_max", "f32", (B, K, _tiles(S), Hp)),  # channel maxima of |V| per tile
-        ("channel_max", "f32", (B, K, Hp)),  # the same over the sequence
+        ("value_sums", "f32", (B, K, _tiles(S), Hp)),  # the same of V
+        ("value_max", "f32", (B, K, _tiles(S), Hp)),  # channel maxima of V per tile
+        ("value_min", "f32", (B, K, _tiles(S), Hp)),
+        ("channel_max", "f32", (B, K, Hp)),  # maxima of |V − its mean| over the sequence
         ("used", "s32", (B, K, _tiles(S))),  # tokens counted per tile
     )
 

@@ -30,6 +30,7 @@ class QuantizedKV(NamedTuple):
     k_mean: jax.Array
     v_pv: jax.Array
     v_scale: jax.Array
+    v_mean: jax.Array
     v_dp: jax.Array
     v_dp_scale: jax.Array
 

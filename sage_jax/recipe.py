@@ -27,6 +27,11 @@ class Recipe:
       pv_accumulator: "f32", or "f16": e4m3 products collected in half precision over 64 keys, with V's range narrowed so
         that nothing overflows (SageAttention2++, arXiv 2505.21136).
       smooth_k: subtract the mean of K over tokens before quantization (SageAttention, arXiv 2410.02367, section 4.2).
+      smooth_v: subtract the mean of V over tokens, channel by channel, wherever V becomes 8 bits. In P·V with e4m3 the
+        output gets it back (SageAttention2, arXiv 2411.10958, on the FP22 accumulator): the matrix unit's truncated sums and
+        e4m3's rounding then err relative to V's deviations, not to V's mean. In train8's dO·Vᵀ, D loses it as well: dS is
+        left with what tokens differ in, instead of a small difference of large products. On for pv="e4m3" and for
+        backward="train8" unless set to False.
       backward: gradient algorithm: None (inference only: differentiating raises), "train8" (all products in 8 bits with
         scales known before the loop) or "sagebwd" (arXiv 2505.11594, section 4: INT8 per 64×64 tile).
       dp: format of dO·Vᵀ in the backward pass: "int8" or "bf16" (the papers' 16-bit product).
@@ -39,6 +44,7 @@ class Recipe:
     pv: str = "e4m3"
     pv_accumulator: str = "f32"
     smooth_k: bool = True
+    smooth_v: bool | None = None
     backward: str | None = None
     dp: str = "int8"
     delta: str = "output"
@@ -63,6 +69,13 @@ class Recipe:
                 f"Recipe {self.name!r}: pv_accumulator='f16' goes with pv='e4m3' only, but pv={self.pv!r}; "
                 "use pv_accumulator='f32'."
             )
+        if self.smooth_v is None:
+            object.__setattr__(self, "smooth_v", self._has_8_bit_values)
+        if self.smooth_v and not self._has_8_bit_values:
+            raise ValueError(
+                f"Recipe {self.name!r}: smooth_v=True goes with pv='e4m3' or backward='train8', but pv={self.pv!r} and "
+                f"backward={self.backward!r}; use smooth_v=False."
+            )
         if self.backward == "sagebwd" and (self.q_block == 1 or self.dp != "bf16"):
             raise ValueError(
                 f"Recipe {self.name!r}: backward='sagebwd' needs q_block 64 or 128 (one INT8 scale a tile) and "
@@ -70,7 +83,8 @@ class Recipe:
             )
 
     def replace(self, **changes) -> Recipe:
-        """A copy with some fields changed; the name gains the changes unless a new one is given."""
+        """A copy with some fields changed; the name gains the changes unless a new one is given. Where
+        `smooth_v` is what it would be by default, it becomes the default of the changed recipe."""
         unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
         if unknown:
             fields = ", ".join(f.name for f in dataclasses.fields(self))
@@ -80,7 +94,13 @@ class Recipe:
         if "name" not in changes and changes:
             suffix = ",".join(f"{k}={v}" for k, v in changes.items())
             changes["name"] = f"{self.name}[{suffix}]"
+        if self.smooth_v == self._has_8_bit_values:
+            changes.setdefault("smooth_v", None)
         return dataclasses.replace(self, **changes)
+
+    @property
+    def _has_8_bit_values(self) -> bool:
+        return self.pv == "e4m3" or self.backward == "train8"
 
     @property
     def f16_accumulate(self) -> bool:

@@ -61,13 +61,14 @@ def _int8_dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------- quantization
 
 
-def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp) -> QuantizedKV:
+def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> QuantizedKV:
     """Quantizes keys and values (`docs/abi.md`, section 1).
 
     Args:
       k, v: [B, S, K, H], bf16, f16 or f32.
       bounds: int32 [B, 3].
       pv: "e4m3" | "f16" | "bf16" | "int8"; v_range: largest |code| of an e4m3 V; smooth_k: subtract K's token mean.
+      smooth_v: subtract V's token mean (SageAttention2, arXiv 2411.10958) from an e4m3 `v_pv` and from `v_dp`.
       dp: None | "int8" | "bf16": the format in which V is kept for dO·Vᵀ.
     """
     tokens = k.shape[1]
@@ -78,10 +79,10 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp) -> QuantizedKV:
     used = (valid & finite)[..., None]
     k, v = jnp.where(used, k, 0.0), jnp.where(used, v, 0.0)
 
-    mean = jnp.zeros_like(k[..., 0, :])
-    if smooth_k:
-        mean = qz.token_mean(k, jnp.maximum(jnp.sum(used[..., 0], axis=-1, dtype=jnp.int32), 1))
-    smoothed = jnp.where(used, k - mean[..., None, :], 0.0)
+    count = jnp.maximum(jnp.sum(used[..., 0], axis=-1, dtype=jnp.int32), 1)
+    mean = lambda x, smooth: qz.token_mean(x, count) if smooth else jnp.zeros_like(x[..., 0, :])  # noqa: E731
+    k_mean, v_mean = mean(k, smooth_k), mean(v, smooth_v)
+    smoothed = jnp.where(used, k - k_mean[..., None, :], 0.0)
     k_scale, inverse = qz.scale_and_inverse(qz.group_amax(smoothed, 2, TILE), 127.0)
     k8 = qz.int8_codes(smoothed, qz.expand_tiles(inverse, tokens)[..., None])
     k8 = k8.at[..., 0].set(jnp.where(bad, jnp.int8(qz.BAD_CODE), k8[..., 0]))
@@ -89,9 +90,10 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp) -> QuantizedKV:
     negated = jnp.where(k_scale == 0, qz.BAD_ZERO_SCALE, -k_scale)
     k_scale = jnp.where(bad_tile, negated, k_scale)
 
-    v_pv, v_scale = _values_for_pv(v, pv, v_range)
-    v_dp, v_dp_scale = _values_for_dp(v, dp)
-    return QuantizedKV(k8, k_scale, mean, v_pv, v_scale, v_dp, v_dp_scale)
+    deviations = jnp.where(used, v - v_mean[..., None, :], 0.0)
+    v_pv, v_scale = _values_for_pv(deviations if pv == "e4m3" else v, pv, v_range)
+    v_dp, v_dp_scale = _values_for_dp(deviations, dp)
+    return QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale)
 
 
 def _int8_tiles(x):
@@ -199,6 +201,8 @@ def attend(
     l = jnp.sum(_exp2_below(s, m[..., None]), axis=-1)
     accumulated = _probabilities_times_values(s, m, kv, pv, f16_accumulate, key_tile // TILE)
     out = accumulated / jnp.where(l == 0, 1.0, l)[..., None]
+    if pv == "e4m3":
+        out = out + jnp.where(l[..., None] == 0, 0.0, kv.v_mean[:, :, None, None, :])
     l = jnp.where(poisoned, jnp.nan, l)
     out = jnp.where(poisoned[..., None], jnp.nan, out)
     lse = jnp.where(l == 0, -jnp.inf, (m + jnp.log2(l)) * LN2 + _group(qq.lse_shift, kv_heads))
@@ -282,7 +286,7 @@ def attend_backward(
     """Gradients of `attend` (`docs/abi.md`, section 4).
 
     Args:
-      qq, kv: of the forward pass; only q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale are used.
+      qq, kv: of the forward pass; v_pv, v_scale and lse_shift are not used.
       m, l, dlse: float32 [B, N, T]; out, dout: [B, T, N, H].
       backward: "train8" | "sagebwd"; dp: "int8" | "bf16"; dtypes: of (dq, dk, dv).
 
@@ -308,7 +312,7 @@ def attend_backward(
     if exact_delta:
         delta = jnp.sum(e * d_p, axis=-1) * inverse_l - dlse
     else:
-        delta = jnp.sum(dout * out, axis=-1) - dlse
+        delta = jnp.sum(dout * (out - kv.v_mean[:, :, None, None, :]), axis=-1) - dlse
 
     if backward == "train8":
         dq, dk, dv = _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim, dp)

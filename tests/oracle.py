@@ -23,7 +23,7 @@ def quantized_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kv = reference.quantize_kv(
         k, v, masks.bounds, pv=recipe.pv, v_range=recipe.v_range, smooth_k=recipe.smooth_k,
-        dp=recipe.dp_format,
+        smooth_v=recipe.smooth_v, dp=recipe.dp_format,
     )  # fmt: skip
     qq = reference.quantize_q(q, kv.k_mean, masks.bounds, q_block=recipe.q_block, scale=scale)
     result = reference.attend(

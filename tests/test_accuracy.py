@@ -113,6 +113,14 @@ def test_a_bad_recipe_is_seen():
     assert report.best() == "with"
 
 
+def test_a_mean_of_the_values_is_taken_out():
+    """Where values have one, what e4m3 costs is relative to their deviations from it."""
+    q, k, v, _ = inputs()
+    recipes = {"with": "sage2", "without": sage_jax.recipes["sage2"].replace(smooth_v=False)}
+    report = accuracy.compare(q, k, v + 50.0, recipes=recipes, gradients=False)
+    assert report.errors["without"]["o"].rel_l2 > 10 * report.errors["with"]["o"].rel_l2
+
+
 def test_a_preset_without_a_kernel_is_left_out_unless_it_was_named(monkeypatch):
     runner = accuracy._runner
 

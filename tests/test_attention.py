@@ -293,6 +293,27 @@ def test_padding_may_hold_anything(implementation):
 
 
 @each_backend
+@pytest.mark.parametrize("call", ["plain", "lengths_causal", "mask"])
+def test_a_mean_of_the_values_costs_nothing(call, implementation):
+    """The output's error relative to what it would be without that mean, alone and under `vmap`."""
+    q, k, v = inputs()
+    mean = 40 * jnp.asarray(np.random.default_rng(3).standard_normal((B, 1, K, H)), jnp.float32)
+    f = functools.partial(attend, implementation=implementation, **CALLS[call])
+    wanted = exact(q, k, v, **CALLS[call])
+
+    def error(out, mean=mean):
+        out = out - jnp.repeat(mean, N // K, axis=2)
+        return relative_l2(out[0, :20], wanted[0, :20])  # rows within every length
+
+    assert error(f(q, k, v + mean)) < BOUND
+    assert error(f(q, k, v + mean, recipe="sage2pp")) < BOUND
+    unsmoothed = sage_jax.recipes["sage2"].replace(smooth_v=False)
+    assert error(f(q, k, v + mean, recipe=unsmoothed)) > 5 * BOUND
+    plain, shifted = jax.vmap(lambda v: f(q, k, v))(jnp.stack([v, v + mean]))
+    assert error(shifted) < BOUND and error(plain, 0 * mean) < BOUND
+
+
+@each_backend
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-8, 1e4])
 def test_magnitudes_keep_their_relative_accuracy(magnitude, implementation):
     q, k, v = inputs()

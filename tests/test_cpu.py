@@ -31,7 +31,7 @@ def call(name, results, *operands, **attributes):
     return jax.ffi.ffi_call(name, avals)(*operands, **attributes)
 
 
-def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp):
+def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp):
     batch, keys, heads, head_dim = k.shape
     padded, tiles = padded_head_dim(head_dim), -(-keys // 64)
     dense, turned = (batch, heads, keys, padded), (batch, heads, padded, 64 * tiles)
@@ -43,6 +43,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp):
         (channels, F32),
         (turned if pv in ("e4m3", "int8") else dense, pv_type),
         (scales if pv == "int8" else channels, F32),
+        (channels, F32),
         (dense if dp else (0,), jnp.bfloat16 if dp == "bf16" else S8),
         (scales if dp == "int8" else (0,), F32),
     ]
@@ -50,6 +51,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp):
         pv=np.int32(PV[pv]),
         v_range=np.float32(v_range),
         smooth_k=np.int32(smooth_k),
+        smooth_v=np.int32(smooth_v),
         dp=np.int32(DP[dp]),
     )
     return QuantizedKV(*call("sage_jax_quantize_kv", results, k, v, bounds, **attributes))
@@ -71,7 +73,7 @@ def attend(
     return call(
         "sage_jax_attend",
         [((batch, tokens, heads, head_dim), out_dtype), rows, rows, rows],
-        *(qq.q8, qq.q_scale, qq.lse_shift, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, *masks),
+        *(*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean, *masks),
         pv=np.int32(PV[pv]),
         f16_accumulate=np.int32(f16_accumulate),
         scale=np.float32(scale),
@@ -102,7 +104,7 @@ def attend_backward(
     batch, keys = qq.q8.shape[0], kv.k8.shape[2]
     kv_shape = (batch, keys, kv.k8.shape[1], out.shape[-1])
     logits = (*l.shape, keys) if with_dlogits else (0, 0, 0, 0)
-    operands = (qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale)
+    operands = (qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, kv.v_mean)
     return call(
         "sage_jax_attend_backward",
         [(out.shape, dtypes[0]), (kv_shape, dtypes[1]), (kv_shape, dtypes[2]), (logits, F32)],
@@ -119,6 +121,7 @@ def attend_backward(
 RECIPES = (
     *PRESETS.values(),
     PRESETS["sage2"].replace(name="bf16_values", pv="bf16", smooth_k=False),
+    PRESETS["sage2"].replace(name="unsmoothed_values", smooth_v=False),
     PRESETS["train8"].replace(name="train8_exact", dp="bf16", delta="exact"),
     PRESETS["train8"].replace(name="train8_exact_int8", delta="exact", pv="f16"),
     PRESETS["sagebwd"].replace(name="sagebwd_exact", pv="e4m3", delta="exact", q_block=128),
@@ -142,7 +145,8 @@ def close(actual, expected, dtype, name):
 
 def kv_options(recipe, dp="of the recipe"):
     dp = (recipe.dp if recipe.backward else None) if dp == "of the recipe" else dp
-    return dict(pv=recipe.pv, v_range=recipe.v_range, smooth_k=recipe.smooth_k, dp=dp)
+    smooth = dict(smooth_k=recipe.smooth_k, smooth_v=recipe.smooth_v)
+    return dict(pv=recipe.pv, v_range=recipe.v_range, dp=dp, **smooth)
 
 
 @functools.lru_cache(maxsize=None)
@@ -269,7 +273,8 @@ def test_quantisers_on_awkward_values(dtype, pv):
     k, v, q = (awkward(rng, (2, 300, heads, 48), dtype) for heads in (2, 2, 4))
     bounds = jnp.array([[300, 290, 0], [150, 300, 0]], jnp.int32)
     for dp, smooth_k in (("int8", True), ("bf16", False), (None, True)):
-        options = dict(pv=pv, v_range=448.0, smooth_k=smooth_k, dp=dp)
+        smooth = dict(smooth_k=smooth_k, smooth_v=pv == "e4m3" and dp != "bf16")
+        options = dict(pv=pv, v_range=448.0, dp=dp, **smooth)
         expected = jax.jit(functools.partial(reference.quantize_kv, **options))(k, v, bounds)
         for name, actual in quantize_kv(k, v, bounds, **options)._asdict().items():
             assert_same_bits(actual, getattr(expected, name), f"{name} with dp {dp}")
@@ -333,7 +338,8 @@ def test_same_bits_on_every_run():
 def test_operands_are_checked_with_sentences():
     masks = masking.no_masks(1, 70, 70)
     x = jnp.ones((1, 70, 2, 64))
-    kv = quantize_kv(x, x, masks.bounds, pv="e4m3", v_range=448.0, smooth_k=True, dp=None)
+    sage2 = kv_options(PRESETS["sage2"])
+    kv = quantize_kv(x, x, masks.bounds, **sage2)
     qq = quantize_q(x, kv.k_mean, masks.bounds, q_block=1, scale=1.0)
     options = dict(pv="e4m3", f16_accumulate=False, scale=1.0, head_dim=64, out_dtype=F32)
     options |= dict(window_left=masking.OPEN, window_right=masking.OPEN)
@@ -347,8 +353,12 @@ def test_operands_are_checked_with_sentences():
     refused(r"`v_pv` is F8E4M3FN.* but must be BF16 of shape \[1, 2, 70, 64\]", pv="bf16")
     refused(r"`mask` is PRED\[1, 3, 70, 70\], but must be PRED of shape \[1, 2, 70, 70\] \(or 1",
             masks=masks._replace(mask=jnp.ones((1, 3, 70, 70), bool)))  # fmt: skip
+    refused(r"`v_mean` is F32\[1, 2, 32\], but must be F32 of shape \[1, 2, 64\]",
+            kv=kv._replace(v_mean=kv.v_mean[..., :32]))  # fmt: skip
     refused("`out` has 100 channels", head_dim=100)
     refused("3 key/value heads", kv=kv._replace(k8=jnp.zeros((1, 3, 70, 64), S8)))
+    with pytest.raises(Exception, match="`smooth_v` is set, but `pv` is not 0"):
+        quantize_kv(x, x, masks.bounds, **(sage2 | {"pv": "bf16"}))
     with pytest.raises(Exception, match="head dimension is 300, but must be 1 to 256"):
         wide = jnp.ones((1, 70, 2, 300))
         rows = ((1, 2, 70), F32)

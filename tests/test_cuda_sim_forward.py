@@ -13,6 +13,7 @@ import pytest
 from cases import CASES, Case, make_inputs
 from cuda_sim import library as sim
 from metrics import assert_same_bits, relative_l2
+from oracle import exact_forward
 
 from sage_jax import reference
 from sage_jax.masking import no_masks
@@ -37,8 +38,9 @@ specification = jax.jit(
 def quantize(q, k, v, masks, recipe):
     """Quantized on the simulator too: tests/test_cuda_sim_quantize.py proves those bits."""
     kv = sim.quantize_kv(
-        k, v, masks.bounds, pv=recipe.pv, v_range=recipe.v_range, smooth_k=recipe.smooth_k, dp=None
-    )
+        k, v, masks.bounds, pv=recipe.pv, v_range=recipe.v_range, smooth_k=recipe.smooth_k,
+        smooth_v=recipe.smooth_v, dp=None,
+    )  # fmt: skip
     qq = sim.quantize_q(q, kv[2], masks.bounds, q_block=recipe.q_block, scale=q.shape[-1] ** -0.5)
     return QuantizedQ(*qq), QuantizedKV(*kv)
 
@@ -84,6 +86,22 @@ def test_every_case_with_e4m3(case):
 @pytest.mark.parametrize("recipe", ("sage1", "bf16", "sage2pp", "sagebwd"))
 def test_every_format_of_the_values(recipe, name):
     run(BY_NAME[name], RECIPES[recipe])
+
+
+@pytest.mark.parametrize("recipe", ("sage2", "sage2pp"))
+@pytest.mark.parametrize("head_dim", (40, 64, 128, 200))
+def test_a_mean_of_the_values_costs_nothing(recipe, head_dim):
+    """Relative to what is left of the output without it: e4m3 of V itself would lose that altogether."""
+    case = Case("mean", B=1, T=70, S=190, N=4, K=2, H=head_dim)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    mean = 40 * np.random.default_rng(1).standard_normal((1, 1, 2, head_dim)).astype(np.float32)
+    qq, kv, masks, kw = run(case, RECIPES[recipe], (q, k, v + mean, dout, dlse, masks))
+    exact = exact_forward(q, k, v, masks)[0]
+    for architecture in (80, 89, 90):
+        sim.settings(architecture=architecture)
+        out = sim.attend(qq, kv, masks, **kw)[0]
+        assert relative_l2(out - np.repeat(mean, 2, axis=2), exact) < 0.06
+    sim.settings()
 
 
 @pytest.mark.parametrize("recipe", ("sage2", "sagebwd"))

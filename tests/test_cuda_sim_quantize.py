@@ -10,9 +10,11 @@ from cuda_sim import library as sim
 from metrics import assert_same_bits
 
 from sage_jax import _workspace, reference
+from sage_jax.quantization import QuantizedKV
 
-KV_NAMES = ("k8", "k_scale", "k_mean", "v_pv", "v_scale", "v_dp", "v_dp_scale")
-quantize_kv = jax.jit(reference.quantize_kv, static_argnames=("pv", "v_range", "smooth_k", "dp"))
+quantize_kv = jax.jit(
+    reference.quantize_kv, static_argnames=("pv", "v_range", "smooth_k", "smooth_v", "dp")
+)
 quantize_q = jax.jit(reference.quantize_q, static_argnames=("q_block", "scale"))
 
 
@@ -36,6 +38,8 @@ def bounds(batch, queries, keys):
     [
         ((2, 131, 2, 40), "float32", dict(pv="e4m3", dp="int8")),
         ((1, 700, 1, 128), "bfloat16", dict(pv="e4m3", dp="bf16")),
+        ((1, 150, 1, 256), "float16", dict(pv="e4m3", dp="int8", smooth_k=False)),
+        ((1, 330, 1, 64), "bfloat16", dict(pv="e4m3", dp=None, smooth_v=False)),
         ((1, 300, 1, 128), "bfloat16", dict(pv="int8", dp="bf16")),
         ((1, 70, 2, 200), "float16", dict(pv="f16", dp=None)),
         ((2, 200, 1, 64), "bfloat16", dict(pv="bf16", dp="int8", smooth_k=False)),
@@ -44,8 +48,10 @@ def bounds(batch, queries, keys):
     ],
 )  # fmt: skip
 def test_keys_and_values(shape, dtype, options):
-    options = {"v_range": 448.0, "smooth_k": True, **options}
+    defaults = {"v_range": 448.0, "smooth_k": True, "smooth_v": options["pv"] == "e4m3"}
+    options = {**defaults, **options}
     k, v = tensor(1, shape, dtype), tensor(2, shape, dtype, bad=False)
+    assert np.abs(np.asarray(v, np.float32).mean(1)).max() > 1 or shape[1] == 1
     limits = bounds(shape[0], shape[1], shape[1])
     expected = quantize_kv(k, v, limits, **options)
     for schedule in (0, 1, 4):
@@ -53,7 +59,7 @@ def test_keys_and_values(shape, dtype, options):
         launches = sim.library().sim_launches()
         actual = sim.quantize_kv(k, v, limits, **options)
         launches = sim.library().sim_launches() - launches
-        for name, a, e in zip(KV_NAMES, actual, expected):
+        for name, a, e in zip(QuantizedKV._fields, actual, expected, strict=True):
             assert_same_bits(a, e, name)
         over_sequence = options["smooth_k"] or options["pv"] in ("e4m3", "f16")
         assert launches == (3 if over_sequence else 1)
@@ -82,14 +88,14 @@ def test_queries(shape, dtype, q_block):
     np.testing.assert_allclose(actual[2], expected.lse_shift, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", (0.0, 1e-36, 1e-20, 1e4, 1e30))
+@pytest.mark.parametrize("size", (0.0, 1e-35, 1e-20, 1e4, 1e30))
 def test_every_magnitude(size):
     k, v = (tensor(seed, (1, 80, 1, 64), "float32", bad=False) * size for seed in (5, 6))
     limits = bounds(1, 80, 80)
-    options = dict(pv="e4m3", v_range=448.0, smooth_k=True, dp="int8")
+    options = dict(pv="e4m3", v_range=448.0, smooth_k=True, smooth_v=True, dp="int8")
     sim.settings()
     actual = sim.quantize_kv(k, v, limits, **options)
-    for name, a, e in zip(KV_NAMES, actual, quantize_kv(k, v, limits, **options)):
+    for name, a, e in zip(QuantizedKV._fields, actual, quantize_kv(k, v, limits, **options)):
         assert_same_bits(a, e, name)
 
 

@@ -19,7 +19,7 @@ from metrics import assert_same_bits, relative_l2
 from oracle import exact_forward, window
 from test_reference import TABLE, VARIANTS, assert_as_accurate_as_the_table, table_problem
 
-from sage_jax import _vjp, accuracy, reference
+from sage_jax import _vjp, accuracy, dot_product_attention, reference
 from sage_jax._ffi import Settings, operation
 from sage_jax.masking import Masks
 from sage_jax.quantization import QuantizedKV, QuantizedQ
@@ -151,12 +151,12 @@ def gradients_on_host(case, recipe, inputs):
 
 
 def attend_operands(qq, kv, masks):
-    return *qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, *masks
+    return *qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean, *masks
 
 
 def backward_operands(qq, kv, rows, dout, dlse, masks):
     out, _, m, l = rows
-    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale
+    kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, kv.v_mean
     return *kept, m, l, out, dout, dlse, *masks
 
 
@@ -373,6 +373,18 @@ def test_long_sequences(queries, keys):
     for errors in report.errors.values():
         for tensor in errors:
             assert errors[tensor].rel_l2 < 0.1, f"\n{report}"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("recipe", ["sage2", "sage2pp"])
+def test_a_mean_of_the_values_costs_nothing(recipe, head_dim):
+    """Relative to the output without it, over so many keys that what the matrix units cut off adds up."""
+    with host():
+        q, k, v, _ = accuracy.synthetic("normal", jax.random.key(2), tokens=4096, head_dim=head_dim)
+        mean = 8 * jax.random.normal(jax.random.key(3), (1, 1, 1, head_dim))
+        exact, shifted = accuracy.exact(q, k, v)["o"], v + mean
+    out = dot_product_attention(q, k, shifted, recipe=recipe, implementation="cuda")
+    assert relative_l2(np.asarray(out) - np.asarray(mean), exact) < 0.06
 
 
 @pytest.mark.parametrize("magnitude", [1e-20, 1e4])

@@ -16,11 +16,17 @@ def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def quantize(k, v, bounds=None, pv="e4m3", dp="int8", v_range=448.0, smooth_k=True):
+def quantize(k, v, bounds=None, **changes):
     bounds = full_bounds(k.shape[0], 1, k.shape[1]) if bounds is None else bounds
-    return jax.jit(
-        lambda *a: reference.quantize_kv(*a, pv=pv, dp=dp, v_range=v_range, smooth_k=smooth_k)
-    )(k, v, bounds)
+    options = dict(pv="e4m3", dp="int8", v_range=448.0, smooth_k=True) | changes
+    options = dict(smooth_v=True) | options
+    return jax.jit(lambda *a: reference.quantize_kv(*a, **options))(k, v, bounds)
+
+
+def dequantized_values(kv, tokens):
+    """V as P·V and the mean that is added later see it: float32 [B, K, S, Hp]."""
+    v = qz.untranspose_tokens(kv.v_pv.astype(jnp.float32), tokens) * kv.v_scale[:, :, None]
+    return v + kv.v_mean[:, :, None]
 
 
 def test_e4m3_rounding_matches_ml_dtypes():
@@ -43,7 +49,7 @@ def test_e4m3_saturates_and_keeps_nan():
 @pytest.mark.parametrize("magnitude", [1e-20, 1e-6, 1.0, 1e4])
 def test_relative_accuracy_does_not_depend_on_magnitude(magnitude):
     k, v = normal(0, 1, 130, 2, 64) * magnitude, normal(1, 1, 130, 2, 64) * magnitude
-    kv = quantize(k, v, smooth_k=False)
+    kv = quantize(k, v, smooth_k=False, smooth_v=False)
     dequantized = kv.k8.astype(jnp.float32) * qz.expand_tiles(kv.k_scale, 130)[..., None]
     assert relative_l2(dequantized, jnp.swapaxes(k, 1, 2)) < 0.012  # amax/127/sqrt(12) of normal data
     v_back = qz.untranspose_tokens(kv.v_pv.astype(jnp.float32), 130) * kv.v_scale[:, :, None]
@@ -60,7 +66,7 @@ def test_codes_use_the_whole_range():
 def test_zero_blocks_and_constant_channels_give_zeros_not_nan():
     k = jnp.full((1, 128, 1, 64), 3.0)  # constant: smoothing leaves nothing
     v = normal(1, 1, 128, 1, 64).at[..., 5].set(0.0).at[:, :64].set(0.0)
-    kv = quantize(k, v)
+    kv = quantize(k, v, smooth_v=False)
     assert (kv.k8 == 0).all() and (kv.k_scale == 0).all()
     assert (kv.v_scale[..., 5] == 0).all() and (kv.v_dp_scale[..., 0] == 0).all()
     assert not any(np.isnan(np.asarray(x, np.float32)).any() for x in kv)
@@ -73,15 +79,46 @@ def test_smoothing_removes_offsets():
     assert relative_l2(shifted.k_mean, jnp.mean(k + offset, axis=1)) < 2**-8
 
 
+def test_smoothing_of_values_removes_offsets_from_the_codes_and_nothing_else():
+    v, offset = normal(0, 1, 256, 2, 64), 30 * normal(2, 1, 1, 2, 64)
+    plain, shifted = quantize(v, v), quantize(v, v + offset)
+    without = quantize(v, v + offset, smooth_v=False)
+    assert relative_l2(shifted.v_scale, plain.v_scale) < 0.05
+    assert relative_l2(shifted.v_mean, jnp.mean(v + offset, axis=1)) < 2**-8
+    assert (without.v_mean == 0).all()
+    for name in ("k8", "k_scale", "k_mean"):
+        assert_same_bits(getattr(shifted, name), getattr(without, name), name)
+    assert relative_l2(shifted.v_dp_scale, plain.v_dp_scale) < 0.05
+    assert without.v_dp_scale.min() > 5 * shifted.v_dp_scale.max()
+    wanted = jnp.swapaxes(v + offset, 1, 2)
+    deviations = jnp.swapaxes(v, 1, 2)
+    error = lambda kv: jnp.linalg.norm(dequantized_values(kv, 256) - wanted)  # noqa: E731
+    assert error(shifted) < 0.03 * jnp.linalg.norm(deviations)
+    assert error(without) > 10 * error(shifted)
+
+
+@pytest.mark.parametrize("bits", range(3))
+def test_channel_maxima_are_those_of_the_rounded_differences(bits):
+    """What kernels compute from the largest and the smallest value alone."""
+    v = normal(bits, 1, 200, 1, 64) + 3 * normal(bits + 9, 1, 1, 1, 64)
+    kv = quantize(v, v)
+    high, low = jnp.max(v, axis=1), jnp.min(v, axis=1)
+    largest = jnp.maximum(high - kv.v_mean, kv.v_mean - low)
+    assert_same_bits(kv.v_scale, qz.scale_and_inverse(largest, 448.0)[0])
+
+
 def test_mean_is_a_bf16_value_and_ignores_tokens_past_the_length():
     k, v = normal(0, 2, 150, 2, 64), normal(1, 2, 150, 2, 64)
     bounds = jnp.array([[1, 100, 0], [1, 150, 0]], jnp.int32)
     kv = quantize(k, v, bounds)
-    assert_same_bits(kv.k_mean.astype(jnp.bfloat16).astype(jnp.float32), kv.k_mean)
+    for mean in (kv.k_mean, kv.v_mean):
+        assert (mean != 0).all()
+        assert_same_bits(mean.astype(jnp.bfloat16).astype(jnp.float32), mean)
     poisoned = quantize(k.at[0, 100:].set(jnp.nan), v.at[0, 100:].set(1e30), bounds)
     for name, a, b in zip(kv._fields, kv, poisoned):
         assert_same_bits(b, a, name)
     assert (kv.k8[0, :, 100:] == 0).all()
+    assert (qz.untranspose_tokens(kv.v_pv.astype(jnp.float32), 150)[0, :, 100:] == 0).all()
 
 
 def test_bad_tokens_are_marked_and_leave_the_others_alone():
@@ -90,6 +127,8 @@ def test_bad_tokens_are_marked_and_leave_the_others_alone():
     assert kv.k8[0, 0, 7, 0] == -128 and kv.k8[0, 1, 70, 0] == -128
     assert (kv.k_scale < 0).tolist() == [[[True, False, False], [False, True, False]]]
     assert int((kv.k8 == -128).sum()) == 2
+    values = qz.untranspose_tokens(kv.v_pv.astype(jnp.float32), 130)
+    assert (values[0, 0, 7] == 0).all() and (values[0, 1, 70] == 0).all()
     assert not any(np.isnan(np.asarray(x, np.float32)).any() for x in kv)
 
 
@@ -147,7 +186,8 @@ def test_f16_values_are_scaled_by_powers_of_two():
 def test_jit_and_eager_agree_in_every_bit():
     k, v = normal(0, 1, 100, 2, 40, dtype=jnp.bfloat16), normal(1, 1, 100, 2, 40, dtype=jnp.bfloat16)
     eager = reference.quantize_kv(
-        k, v, full_bounds(1, 1, 100), pv="e4m3", dp="int8", v_range=448.0, smooth_k=True
-    )
+        k, v, full_bounds(1, 1, 100), pv="e4m3", dp="int8", v_range=448.0, smooth_k=True,
+        smooth_v=True,
+    )  # fmt: skip
     for name, a, b in zip(eager._fields, quantize(k, v), eager):
         assert_same_bits(a, b, name)

@@ -29,12 +29,25 @@ def test_recipes_are_frozen_and_replace_names_the_change():
         (dict(q_block=32), "q_block=32"),
         (dict(backward="sagebwd"), "backward='sagebwd' needs q_block"),
         (dict(pv="bf16", pv_accumulator="f16"), "goes with pv='e4m3' only"),
+        (dict(pv="bf16", smooth_v=True), "smooth_v=True goes with pv='e4m3' or backward='train8', but pv='bf16'"),
         (dict(colour="red"), "no field 'colour'"),
     ],
 )
 def test_impossible_recipes_say_what_is_possible(changes, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         PRESETS["sage2"].replace(**changes)
+
+
+def test_values_are_smoothed_where_they_become_8_bits():
+    for recipe in PRESETS.values():
+        assert recipe.smooth_v is (recipe.pv == "e4m3" or recipe.backward == "train8")
+    assert PRESETS["train8"].replace(pv="bf16").smooth_v is True
+    sage2 = PRESETS["sage2"]
+    bf16 = sage2.replace(pv="bf16")
+    assert bf16.smooth_v is False and bf16.name == "sage2[pv=bf16]"
+    assert bf16.replace(pv="e4m3").smooth_v is True
+    assert bf16.replace(backward="train8").smooth_v is True
+    assert sage2.replace(smooth_v=False).replace(backward="train8").smooth_v is False
 
 
 def test_unknown_names_and_types():

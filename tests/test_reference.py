@@ -66,6 +66,45 @@ def test_every_recipe_is_near_exact_attention(case, name):
     assert_close_to_exact(out, exact, FORWARD_BOUND[name])
 
 
+@pytest.mark.parametrize("name", ["sage2", "sage2pp", "train8"])
+def test_a_mean_of_the_values_costs_nothing(name):
+    """The error of O relative to O without that mean, which e4m3 would otherwise drown."""
+    case = Case("mean", T=130, S=200, lengths=True, right=0, bottom_right=True, empty_rows=True)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    mean = 40 * jax.random.normal(jax.random.key(0), (1, 1, case.K, case.H))
+    exact, lse = exact_gradients(q, k, v, dout, dlse, masks, **window(case))[:2]
+    sees = np.isfinite(np.asarray(lse)).swapaxes(1, 2)
+
+    def error(recipe):
+        out = quantized_attention(q, k, v + mean, masks, recipe, **window(case))[2]
+        assert (np.asarray(out)[~sees] == 0).all()
+        return relative_l2((out - mean)[sees], exact[sees])
+
+    assert error(PRESETS[name]) < FORWARD_BOUND[name]
+    assert error(PRESETS[name].replace(smooth_v=False)) > 5 * FORWARD_BOUND[name]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [TRAIN8, TRAIN8.replace(delta="exact"), TRAIN8.replace(pv="bf16"), TRAIN8.replace(dp="bf16")],
+    ids=lambda r: r.name,
+)
+def test_a_mean_of_the_values_costs_gradients_nothing(recipe):
+    """dS is what dO·Vᵀ differs in between keys: of a mean ten times the deviations nothing may be left but rounding of O."""
+    case = Case("mean", T=130, S=200, lengths=True, right=0, bottom_right=True)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    v = v + 10 * jax.random.normal(jax.random.key(0), (1, 1, case.K, case.H))
+    exact = exact_gradients(q, k, v, dout, dlse, masks, **window(case))[2:5]
+
+    def worst(recipe):
+        ours = gradients(q, k, v, dout, dlse, masks, recipe, **window(case))[2:5]
+        return max(relative_l2(x, y) for x, y in zip(ours, exact))
+
+    assert worst(recipe) < 0.08
+    if recipe.dp == "int8":
+        assert worst(recipe.replace(smooth_v=False)) > 1.5 * worst(recipe)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_are_near_those_of_jax(case):
     q, k, v, dout, dlse, masks = make_inputs(case)

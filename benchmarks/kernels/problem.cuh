@@ -111,7 +111,7 @@ struct Problem {
   Buffer<int32_t> bounds, q_seg{0}, kv_seg{0};
   Buffer<uint8_t> mask{0};
   Buffer<int8_t> q8, k8;
-  Buffer<float> q_scale, lse_shift, k_scale, k_mean, v_scale;
+  Buffer<float> q_scale, lse_shift, k_scale, k_mean, v_scale, v_mean;
   Buffer<uint8_t> v_pv, quantize_workspace, workspace{0};
   Buffer<int8_t> v_dp;
   Buffer<float> v_dp_scale;
@@ -136,6 +136,7 @@ struct Problem {
         k_scale(static_cast<size_t>(s.batch) * s.kv_heads * ((s.keys + 63) / 64)),
         k_mean(static_cast<size_t>(s.batch) * s.kv_heads * s.padded_dim),
         v_scale(k_mean.count),
+        v_mean(k_mean.count),
         v_pv(pv_bytes(s, format)),
         quantize_workspace(quantize_kv_workspace_bytes(s)),
         v_dp(k8.count),
@@ -159,9 +160,11 @@ struct Problem {
     p.shape = shape;
     p.k_dtype = p.v_dtype = Dtype::kBf16;
     p.k = k.data, p.v = v.data, p.bounds = bounds.data;
-    p.pv = pv, p.dp = with_gradients ? DpFormat::kInt8 : DpFormat::kNone, p.v_range = 448.0f, p.smooth_k = true;
+    p.pv = pv, p.dp = with_gradients ? DpFormat::kInt8 : DpFormat::kNone, p.v_range = 448.0f;
+    p.smooth_k = true, p.smooth_v = pv == PvFormat::kE4m3;
     p.k8 = k8.data, p.k_scale = k_scale.data, p.k_mean = k_mean.data;
-    p.v_pv = v_pv.data, p.v_scale = v_scale.data, p.workspace = quantize_workspace.data;
+    p.v_pv = v_pv.data, p.v_scale = v_scale.data, p.v_mean = v_mean.data;
+    p.workspace = quantize_workspace.data;
     p.v_dp = v_dp.data, p.v_dp_scale = v_dp_scale.data;
     check(quantize_kv(p, nullptr));
   }
@@ -189,7 +192,8 @@ struct Problem {
     AttendParams p = {};
     p.shape = shape, p.masks = masks, p.pv = pv, p.scale = scale, p.portable = portable;
     p.q8 = q8.data, p.q_scale = q_scale.data, p.lse_shift = lse_shift.data;
-    p.k8 = k8.data, p.k_scale = k_scale.data, p.v_pv = v_pv.data, p.v_scale = v_scale.data;
+    p.k8 = k8.data, p.k_scale = k_scale.data;
+    p.v_pv = v_pv.data, p.v_scale = v_scale.data, p.v_mean = v_mean.data;
     p.out_dtype = dtype;
     p.out = r.out.data, p.lse = r.lse.data, p.m = r.m.data, p.l = r.l.data;
     p.workspace = workspace.data;
@@ -222,6 +226,7 @@ struct Gradients {
     p.exact_delta = exact, p.scale = x.scale, p.portable = portable;
     p.q8 = x.q8.data, p.q_scale = x.q_scale.data, p.k8 = x.k8.data, p.k_scale = x.k_scale.data;
     p.k_mean = x.k_mean.data, p.v_dp = x.v_dp.data, p.v_dp_scale = x.v_dp_scale.data;
+    p.v_mean = x.v_mean.data;
     p.m = forward.m.data, p.l = forward.l.data, p.out_dtype = Dtype::kBf16, p.out = out.data;
     p.dout = dout.data, p.dlse = dlse.data, p.dq_dtype = p.dk_dtype = p.dv_dtype = dtype;
     p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;

@@ -49,11 +49,13 @@ struct QuantizeKvParams {
   DpFormat dp;
   float v_range;
   bool smooth_k;
+  bool smooth_v;
   int8_t* k8;         // [B, K, S, Hp]
   float* k_scale;     // [B, K, S64]
   float* k_mean;      // [B, K, Hp]
   void* v_pv;         // by pv
   float* v_scale;     // [B, K, Hp], or [B, K, S64] for kInt8
+  float* v_mean;      // [B, K, Hp]
   void* v_dp;         // by dp
   float* v_dp_scale;  // [B, K, S64] for kInt8
   void* workspace;    // quantize_kv_workspace_bytes(shape), 256-byte aligned
@@ -86,6 +88,7 @@ struct AttendParams {
   const float* k_scale;    // [B, K, S64]
   const void* v_pv;        // by pv
   const float* v_scale;    // [B, K, Hp], or [B, K, S64] for kInt8
+  const float* v_mean;     // [B, K, Hp], read for kE4m3
   Dtype out_dtype;
   void* out;        // [B, T, N, H]
   float* lse;       // [B, N, T]
@@ -109,6 +112,7 @@ struct BackwardParams {
   const float* k_mean;      // [B, K, Hp]
   const void* v_dp;         // [B, K, S, Hp], s8 or bf16
   const float* v_dp_scale;  // [B, K, S64] for kInt8
+  const float* v_mean;      // [B, K, Hp]
   const float* m;           // [B, N, T]
   const float* l;           // [B, N, T]
   Dtype out_dtype;          // of out and dout

@@ -71,9 +71,9 @@ void check_workspace(Check& check, Out workspace, size_t bytes) {
 }
 
 ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, Out k_scale,
-                               Out k_mean, Out v_pv, Out v_scale, Out v_dp, Out v_dp_scale,
-                               Out workspace, int32_t pv, float v_range, int32_t smooth_k,
-                               int32_t dp) {
+                               Out k_mean, Out v_pv, Out v_scale, Out v_mean, Out v_dp,
+                               Out v_dp_scale, Out workspace, int32_t pv, float v_range,
+                               int32_t smooth_k, int32_t smooth_v, int32_t dp) {
   Check check("sage_jax_quantize_kv");
   const int64_t B = axis(k, 0), S = axis(k, 1), K = axis(k, 2), H = axis(k, 3), Hp = axis(*k8, 3);
   const int64_t S64 = tiles64(S), Sp = 64 * S64;
@@ -90,6 +90,7 @@ ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, 
   check.buffer("v_pv", *v_pv, transposed ? Shape{B, K, Hp, Sp} : Shape{B, K, S, Hp},
                {pv_type(pv)});
   check.buffer("v_scale", *v_scale, pv == 3 ? Shape{B, K, S64} : Shape{B, K, Hp}, {DataType::F32});
+  check.buffer("v_mean", *v_mean, {B, K, Hp}, {DataType::F32});
   check.buffer("v_dp", *v_dp, dp == 0 ? Shape{0} : Shape{B, K, S, Hp},
                {dp == 2 ? DataType::BF16 : DataType::S8});
   check.buffer("v_dp_scale", *v_dp_scale, dp == 1 ? Shape{B, K, S64} : Shape{0}, {DataType::F32});
@@ -105,11 +106,13 @@ ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, 
   params.dp = static_cast<DpFormat>(dp);
   params.v_range = v_range;
   params.smooth_k = smooth_k != 0;
+  params.smooth_v = smooth_v != 0;
   params.k8 = data<int8_t>(*k8);
   params.k_scale = data<float>(*k_scale);
   params.k_mean = data<float>(*k_mean);
   params.v_pv = data<void>(*v_pv);
   params.v_scale = data<float>(*v_scale);
+  params.v_mean = data<float>(*v_mean);
   params.v_dp = data<void>(*v_dp);
   params.v_dp_scale = data<float>(*v_dp_scale);
   params.workspace = data<void>(*workspace);
@@ -164,9 +167,9 @@ AttentionShape attention_shape(Check& check, const Arg& q8, const Arg& q_scale, 
 }
 
 ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg k8, Arg k_scale,
-                          Arg v_pv, Arg v_scale, Arg bounds, Arg q_seg, Arg kv_seg, Arg mask,
-                          Arg bias, Out out, Out lse, Out m, Out l, Out workspace, int32_t pv,
-                          int32_t f16_accumulate, float scale, int64_t window_left,
+                          Arg v_pv, Arg v_scale, Arg v_mean, Arg bounds, Arg q_seg, Arg kv_seg,
+                          Arg mask, Arg bias, Out out, Out lse, Out m, Out l, Out workspace,
+                          int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
                           int64_t window_right) {
   Check check("sage_jax_attend");
   check.require(pv >= 0 && pv <= 3, "pv must be 0 to 3");
@@ -180,6 +183,7 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
   check.buffer("v_pv", v_pv, transposed ? Shape{B, K, Hp, 64 * S64} : Shape{B, K, S, Hp},
                {pv_type(pv)});
   check.buffer("v_scale", v_scale, pv == 3 ? Shape{B, K, S64} : Shape{B, K, Hp}, {DataType::F32});
+  check.buffer("v_mean", v_mean, {B, K, Hp}, {DataType::F32});
   check.buffer("out", *out, {B, T, N, shape.head_dim}, kFloats);
   check.buffer("lse", *lse, {B, N, T}, {DataType::F32});
   check.buffer("m", *m, {B, N, T}, {DataType::F32});
@@ -199,6 +203,7 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
   params.k_scale = data<const float>(k_scale);
   params.v_pv = data<const void>(v_pv);
   params.v_scale = data<const float>(v_scale);
+  params.v_mean = data<const float>(v_mean);
   params.out_dtype = dtype_of(*out);
   params.out = data<void>(*out);
   params.lse = data<float>(*lse);
@@ -212,9 +217,9 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
 }
 
 ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, Arg k_scale,
-                                   Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg m, Arg l, Arg out,
-                                   Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg, Arg mask,
-                                   Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
+                                   Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg v_mean, Arg m, Arg l,
+                                   Arg out, Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg,
+                                   Arg mask, Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
                                    int32_t backward, int32_t dp, int32_t exact_delta, float scale,
                                    int64_t window_left, int64_t window_right) {
   Check check("sage_jax_attend_backward");
@@ -228,6 +233,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   check.buffer("v_dp", v_dp, {B, K, S, Hp}, {dp == 1 ? DataType::S8 : DataType::BF16});
   check.buffer("v_dp_scale", v_dp_scale, dp == 1 ? Shape{B, K, tiles64(S)} : Shape{0},
                {DataType::F32});
+  check.buffer("v_mean", v_mean, {B, K, Hp}, {DataType::F32});
   check.buffer("m", m, {B, N, T}, {DataType::F32});
   check.buffer("l", l, {B, N, T}, {DataType::F32});
   check.buffer("out", out, {B, T, N, H}, kFloats);
@@ -253,6 +259,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   params.k_mean = data<const float>(k_mean);
   params.v_dp = data<const void>(v_dp);
   params.v_dp_scale = data<const float>(v_dp_scale);
+  params.v_mean = data<const float>(v_mean);
   params.m = data<const float>(m);
   params.l = data<const float>(l);
   params.out_dtype = dtype_of(out);
@@ -303,10 +310,11 @@ auto bind() {
 
 // One Stream for every launch, no allocation, no read-back: XLA may record the calls.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageQuantizeKvCuda, sage::quantize_kv_handler,
-                              (sage::bind<3, 8>()
+                              (sage::bind<3, 9>()
                                    .Attr<int32_t>("pv")
                                    .Attr<float>("v_range")
                                    .Attr<int32_t>("smooth_k")
+                                   .Attr<int32_t>("smooth_v")
                                    .Attr<int32_t>("dp")),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
@@ -315,7 +323,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageQuantizeQCuda, sage::quantize_q_handler,
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendCuda, sage::attend_handler,
-                              (sage::bind<12, 5>()
+                              (sage::bind<13, 5>()
                                    .Attr<int32_t>("pv")
                                    .Attr<int32_t>("f16_accumulate")
                                    .Attr<float>("scale")
@@ -324,7 +332,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendCuda, sage::attend_handler,
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendBackwardCuda, sage::attend_backward_handler,
-                              (sage::bind<17, 5>()
+                              (sage::bind<18, 5>()
                                    .Attr<int32_t>("backward")
                                    .Attr<int32_t>("dp")
                                    .Attr<int32_t>("exact_delta")

@@ -1,8 +1,8 @@
 // Keys and values to 8 bits (docs/abi.md, section 1), bit for bit as the specification.
 //
 // Three launches, one per dependency: statistics of each tile of 64 tokens, their reduction over
-// the sequence (mean of K, largest |V| per channel), and the codes. Where nothing runs over the
-// sequence (no smoothing, V in bf16 or INT8), the last launch is the only one.
+// the sequence (means of K and V, largest |V - mean| per channel), and the codes. Where nothing runs
+// over the sequence (no smoothing, V in bf16 or INT8), the last launch is the only one.
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).
@@ -21,16 +21,20 @@ constexpr uint32_t kBadCodeByte = 0x80;  // -128, in the first byte of a bad key
 // What the launches hand on to each other.
 struct Statistics {
   float* key_sums;     // [B, K, S64, Hp]
-  float* value_max;    // [B, K, S64, Hp]
-  float* channel_max;  // [B, K, Hp]
+  float* value_sums;   // [B, K, S64, Hp]
+  float* value_max;    // [B, K, S64, Hp]; -inf where no token counts
+  float* value_min;    // [B, K, S64, Hp]; inf where no token counts
+  float* channel_max;  // [B, K, Hp]: of |V|, for e4m3 of |V - mean|
   int* used;           // [B, K, S64] tokens counted
 
   __host__ __device__ Statistics(const AttentionShape& s, void* workspace) {
     const int64_t tiles =
         static_cast<int64_t>(s.batch) * s.kv_heads * ((s.keys + kTileKeys - 1) / kTileKeys);
     key_sums = static_cast<float*>(workspace);
-    value_max = key_sums + tiles * s.padded_dim;
-    channel_max = value_max + tiles * s.padded_dim;
+    value_sums = key_sums + tiles * s.padded_dim;
+    value_max = value_sums + tiles * s.padded_dim;
+    value_min = value_max + tiles * s.padded_dim;
+    channel_max = value_min + tiles * s.padded_dim;
     used = reinterpret_cast<int*>(channel_max +
                                   static_cast<int64_t>(s.batch) * s.kv_heads * s.padded_dim);
   }
@@ -101,7 +105,7 @@ struct TokenPairs {
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim) tile_statistics(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;
-  __shared__ float sums[16][kHeadDim], maxima[16][kHeadDim];
+  __shared__ float rows[2][16][kHeadDim];  // sums of K and of V; then maxima of V and of -V
   __shared__ int used_tokens[16];
   const TileIndex at(p, false);
   const int row = Rows::row(), channel = Rows::channel();
@@ -111,17 +115,13 @@ __global__ void __launch_bounds__(2 * kHeadDim) tile_statistics(const QuantizeKv
   // Tokens row, row + 16, row + 32, row + 48: the first two halvings of the tile happen here.
   float y[kPerThread][kChannels];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x.unpack(x.k[i], i, y[i]);
+  for (int tensor = 0; tensor < 2; ++tensor) {
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    sums[row][channel + c] = (y[0][c] + y[2][c]) + (y[1][c] + y[3][c]);
-  }
+    for (int i = 0; i < kPerThread; ++i) x.unpack(tensor == 0 ? x.k[i] : x.v[i], i, y[i]);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    maxima[row][channel + c] =
-        fmaxf(fmaxf(fabsf(y[0][c]), fabsf(y[1][c])), fmaxf(fabsf(y[2][c]), fabsf(y[3][c])));
+    for (int c = 0; c < kChannels; ++c) {
+      rows[tensor][row][channel + c] = (y[0][c] + y[2][c]) + (y[1][c] + y[3][c]);
+    }
   }
   if (channel == 0) used_tokens[row] = x.used[0] + x.used[1] + x.used[2] + x.used[3];
   __syncthreads();
@@ -129,22 +129,35 @@ __global__ void __launch_bounds__(2 * kHeadDim) tile_statistics(const QuantizeKv
   const Statistics out(p.shape, p.workspace);
   const int64_t tile = at.plane * at.tiles + at.tile;
   const int c = static_cast<int>(threadIdx.x) % kHeadDim;  // two threads a channel
+  const int tensor = static_cast<int>(threadIdx.x) / kHeadDim;
   float z[16];
-  if (threadIdx.x < kHeadDim) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) z[i] = sums[i][c];
+  for (int i = 0; i < 16; ++i) z[i] = rows[tensor][i][c];
 #pragma unroll
-    for (int half = 8; half > 0; half /= 2) {
+  for (int half = 8; half > 0; half /= 2) {
 #pragma unroll
-      for (int i = 0; i < half; ++i) z[i] += z[i + half];
-    }
-    out.key_sums[tile * kHeadDim + c] = z[0];
-  } else {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) largest = fmaxf(largest, maxima[i][c]);
-    out.value_max[tile * kHeadDim + c] = largest;
+    for (int i = 0; i < half; ++i) z[i] += z[i + half];
   }
+  (tensor == 0 ? out.key_sums : out.value_sums)[tile * kHeadDim + c] = z[0];
+  __syncthreads();
+
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    float largest = -INFINITY, smallest = INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      largest = x.used[i] ? fmaxf(largest, y[i][k]) : largest;
+      smallest = x.used[i] ? fminf(smallest, y[i][k]) : smallest;
+    }
+    rows[0][row][channel + k] = largest;
+    rows[1][row][channel + k] = -smallest;
+  }
+  __syncthreads();
+  float largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, rows[tensor][i][c]);
+  (tensor == 0 ? out.value_max : out.value_min)[tile * kHeadDim + c] =
+      tensor == 0 ? largest : -largest;
   if (threadIdx.x == 0) {
     int total = 0;
     for (int i = 0; i < 16; ++i) total += used_tokens[i];
@@ -158,21 +171,24 @@ __global__ void __launch_bounds__(2 * kHeadDim) tile_statistics(const QuantizeKv
 // A block reduces 32 channels of one (batch, key head) over all tiles. Sums fold the upper half of
 // the tiles onto the lower half, in place, until one is left.
 __global__ void __launch_bounds__(kReduceRows * 32, 1) reduce_statistics(const QuantizeKvParams p) {
-  __shared__ float maxima[kReduceRows][32];
+  __shared__ float maxima[kReduceRows][32], minima[kReduceRows][32];
   __shared__ int counts[kReduceRows];
   const Statistics in(p.shape, p.workspace);
   const int width = p.shape.padded_dim, tiles = (p.shape.keys + kTileKeys - 1) / kTileKeys;
   const int64_t plane = blockIdx.x / (width / 32);
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32;
   const int channel = static_cast<int>(blockIdx.x) % (width / 32) * 32 + lane;
-  float* sums = in.key_sums + plane * tiles * width + channel;
-  const float* tile_max = in.value_max + plane * tiles * width + channel;
+  const int64_t first = plane * tiles * width + channel;
+  float *key_sums = in.key_sums + first, *value_sums = in.value_sums + first;
+  const float *tile_max = in.value_max + first, *tile_min = in.value_min + first;
 
-  float largest = 0.0f;
+  float largest = -INFINITY, smallest = INFINITY;
   for (int i = row; i < tiles; i += kReduceRows) {
     largest = fmaxf(largest, tile_max[static_cast<int64_t>(i) * width]);
+    smallest = fminf(smallest, tile_min[static_cast<int64_t>(i) * width]);
   }
   maxima[row][lane] = largest;
+  minima[row][lane] = smallest;
   int used = 0;
   for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kReduceRows * 32) {
     used += in.used[plane * tiles + i];
@@ -185,8 +201,11 @@ __global__ void __launch_bounds__(kReduceRows * 32, 1) reduce_statistics(const Q
   if (tiles == 1) half = 0;
   for (int length = tiles; half > 0; length = half, half /= 2) {
     for (int i = row; i < half; i += kReduceRows) {
-      const float upper = i + half < length ? sums[static_cast<int64_t>(i + half) * width] : 0.0f;
-      sums[static_cast<int64_t>(i) * width] += upper;
+      const bool paired = i + half < length;
+      const int64_t lower = static_cast<int64_t>(i) * width;
+      const int64_t upper = static_cast<int64_t>(i + half) * width;
+      key_sums[lower] += paired ? key_sums[upper] : 0.0f;
+      value_sums[lower] += paired ? value_sums[upper] : 0.0f;
     }
     __syncthreads();
   }
@@ -196,12 +215,18 @@ __global__ void __launch_bounds__(kReduceRows * 32, 1) reduce_statistics(const Q
   int total = 0;
   for (int i = 0; i < kReduceRows; ++i) {
     largest = fmaxf(largest, maxima[i][lane]);
+    smallest = fminf(smallest, minima[i][lane]);
     total += counts[i];
   }
   const int64_t at = plane * width + channel;
   const float reciprocal = 1.0f / static_cast<float>(max(total, 1));
-  p.k_mean[at] = p.smooth_k ? bf16_value(bf16_bits(sums[0] * reciprocal)) : 0.0f;
-  in.channel_max[at] = largest;
+  const auto mean = [&](float sum) { return bf16_value(bf16_bits(sum * reciprocal)); };
+  const float value_mean = p.smooth_v ? mean(value_sums[0]) : 0.0f;
+  p.k_mean[at] = p.smooth_k ? mean(key_sums[0]) : 0.0f;
+  p.v_mean[at] = value_mean;
+  // Rounding keeps order: this is the largest of the rounded |v - mean|.
+  const float removed = p.pv == PvFormat::kE4m3 ? value_mean : 0.0f;
+  in.channel_max[at] = fmaxf(0.0f, fmaxf(largest - removed, removed - smallest));
 }
 
 // ----------------------------------------------------------------------------------------------
@@ -220,11 +245,21 @@ __device__ __forceinline__ GroupScale channel_scale(const QuantizeKvParams& p, f
   return {1.0f, 1.0f};
 }
 
+// The scale of the block's tokens and channels as one INT8 group.
+template <class Rows>
+__device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kChannels],
+                                                 float* scratch) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
+  return group_scale(block_max<Rows::kThreads>(largest, scratch), 127.0f);
+}
+
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ TransposedTile<kHeadDim> transposed;
-  __shared__ float scratch_k[Rows::kThreads / kWarpSize], scratch_v[Rows::kThreads / kWarpSize];
+  __shared__ float scratch[3][Rows::kThreads / kWarpSize];
   const TileIndex at(p, true);
   const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
   const int64_t tile = at.plane * at.tiles + at.tile;
@@ -236,28 +271,31 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   const auto token = [&](int i) { return first + i % 2 + i / 2 * 8; };
   const TokenPairs<Piece> x(Rows(), p, at, token);
   const bool bad_tile = __syncthreads_or(x.bad != 0);
+  // Calls write(i, element) for the thread's tokens, `element` counting in [B, K, S, Hp].
+  const auto write_tokens = [&](auto write) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (token(i) < keys) write(i, (at.plane * keys + token(i)) * kHeadDim + channel);
+    }
+  };
   float y[kPerThread][kChannels];
 
   // -------------------------------------------------------------------------------------------
   // keys
   float mean[kChannels] = {};
   if (p.smooth_k) load_floats(mean, p.k_mean + channels);
-  float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     x.k[i].unpack(y[i]);
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
-    largest = fmaxf(largest, largest_magnitude(y[i]));
   }
-  const GroupScale key_scale = group_scale(block_max<Rows::kThreads>(largest, scratch_k), 127.0f);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
+  const GroupScale key_scale = tile_scale<Rows>(y, scratch[0]);
+  write_tokens([&](int i, int64_t element) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
     if ((x.bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
-    if (token(i) >= keys) continue;
-    *reinterpret_cast<uint2*>(p.k8 + (at.plane * keys + token(i)) * kHeadDim + channel) = codes;
-  }
+    *reinterpret_cast<uint2*>(p.k8 + element) = codes;
+  });
   if (threadIdx.x == 0) {
     const float negated = key_scale.scale == 0.0f ? kBadZeroScale : -key_scale.scale;
     p.k_scale[tile] = bad_tile ? negated : key_scale.scale;
@@ -267,72 +305,82 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   // values
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
-  GroupScale tile_scale = {0.0f, 0.0f};
-  if (p.pv == PvFormat::kInt8 || p.dp == DpFormat::kInt8) {
-    largest = 0.0f;
+  if (at.tile == 0 && row == 0) {
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(y[i]));
-    tile_scale = group_scale(block_max<Rows::kThreads>(largest, scratch_v), 127.0f);
-    if (threadIdx.x == 0) {
-      if (p.pv == PvFormat::kInt8) p.v_scale[tile] = tile_scale.scale;
-      if (p.dp == DpFormat::kInt8) p.v_dp_scale[tile] = tile_scale.scale;
+    for (int c = 0; c < kChannels; ++c) {
+      if (!p.smooth_k) p.k_mean[channels + c] = 0.0f;
+      if (!p.smooth_v) p.v_mean[channels + c] = 0.0f;
     }
   }
+  float inverse[kChannels];
+  // The thread's channel scales, which the first tile's threads write down.
+  const auto scale_channels = [&] {
+    float largest[kChannels] = {};
+    if (has_channel_scales(p.pv)) {
+      load_floats(largest, Statistics(p.shape, p.workspace).channel_max + channels);
+    }
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t element = (at.plane * keys + token(i)) * kHeadDim + channel;
-    if (token(i) >= keys || p.dp == DpFormat::kNone) continue;
-    if (p.dp == DpFormat::kInt8) {
-      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.v_dp) + element) =
-          int8_codes(y[i], tile_scale.inverse);
-    } else {
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(y[i], true);
+    for (int c = 0; c < kChannels; ++c) {
+      const GroupScale scale = channel_scale(p, largest[c]);
+      inverse[c] = scale.inverse;
+      if (at.tile == 0 && row == 0) p.v_scale[channels + c] = scale.scale;
+    }
+  };
+  if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
+    scale_channels();
+    write_tokens([&](int i, int64_t element) {
+      float scaled[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) scaled[c] = y[i][c] * inverse[c];
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_pv) + element) =
+          halves(scaled, p.pv == PvFormat::kBf16);
+    });
+  } else if (p.pv == PvFormat::kInt8) {
+    const GroupScale scale = tile_scale<Rows>(y, scratch[1]);
+    if (threadIdx.x == 0) p.v_scale[tile] = scale.scale;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], scale.inverse))) << (8 * i);
+      }
+      transposed.word(channel + c, row) = word;
     }
   }
 
-  float inverse[kChannels], channel_max[kChannels] = {};
-  if (has_channel_scales(p.pv)) {
-    load_floats(channel_max, Statistics(p.shape, p.workspace).channel_max + channels);
-  }
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    const GroupScale scale = channel_scale(p, channel_max[c]);
-    inverse[c] = p.pv == PvFormat::kInt8 ? tile_scale.inverse : scale.inverse;
-    if (at.tile == 0 && row == 0) {
-      if (p.pv != PvFormat::kInt8) p.v_scale[channels + c] = scale.scale;
-      if (!p.smooth_k) p.k_mean[channels + c] = 0.0f;
-    }
-  }
-  if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
+  // -----------------------------------------------------------------------------------------
+  // values without their mean
+  if (p.smooth_v) {
+    load_floats(mean, p.v_mean + channels);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      if (token(i) >= keys) continue;
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) y[i][c] *= inverse[c];
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_pv) +
-                                (at.plane * keys + token(i)) * kHeadDim + channel) =
-          halves(y[i], p.pv == PvFormat::kBf16);
+      for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
     }
-    return;
+  }
+  if (p.dp == DpFormat::kInt8) {
+    const GroupScale scale = tile_scale<Rows>(y, scratch[2]);
+    if (threadIdx.x == 0) p.v_dp_scale[tile] = scale.scale;
+    write_tokens([&](int i, int64_t element) {
+      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.v_dp) + element) =
+          int8_codes(y[i], scale.inverse);
+    });
+  } else if (p.dp == DpFormat::kBf16) {
+    write_tokens([&](int i, int64_t element) {
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(y[i], true);
+    });
   }
   if (p.pv == PvFormat::kE4m3) {
+    scale_channels();
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       transposed.word(channel + c, row) =
           ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
                               __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
     }
-  } else {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], inverse[c]))) << (8 * i);
-      }
-      transposed.word(channel + c, row) = word;
-    }
   }
+  if (p.pv != PvFormat::kE4m3 && p.pv != PvFormat::kInt8) return;
   __syncthreads();
   const int64_t padded_keys = static_cast<int64_t>(at.tiles) * kTileKeys;
   transposed.store(
@@ -350,7 +398,7 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
   if (tiles > INT32_MAX) return "batch · key heads · key length is too large; split the batch";
   const dim3 grid(static_cast<unsigned>(tiles)), block(2 * kHeadDim);
   const char* error = nullptr;
-  if (p.smooth_k || has_channel_scales(p.pv)) {
+  if (p.smooth_k || p.smooth_v || has_channel_scales(p.pv)) {
     error = launch(tile_statistics<kHeadDim, Piece>, grid, block, 0, stream, p);
     if (error != nullptr) return error;
     const dim3 reduce_grid(static_cast<unsigned>(tiles > 0 ? planes * (kHeadDim / 32) : 0));
@@ -365,7 +413,7 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
 size_t quantize_kv_workspace_bytes(const AttentionShape& shape) {
   const size_t planes = static_cast<size_t>(shape.batch) * shape.kv_heads;
   const size_t tiles = planes * ((shape.keys + kTileKeys - 1) / kTileKeys);
-  return sizeof(float) * (2 * tiles * shape.padded_dim + planes * shape.padded_dim) +
+  return sizeof(float) * (4 * tiles * shape.padded_dim + planes * shape.padded_dim) +
          sizeof(int) * tiles;
 }
 

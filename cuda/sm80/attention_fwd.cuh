@@ -33,6 +33,7 @@ struct BlockState {
   const unsigned char* values;
   const float* key_scales;
   const float* value_scales;  // per channel, or per tile
+  const float* value_means;   // per channel
 
   template <class Config>
   static __device__ BlockState make(const AttendParams& p, int block) {
@@ -54,6 +55,7 @@ struct BlockState {
                plane * Values::plane_bytes(Config::kHeadDim, shape.keys);
     s.key_scales = p.k_scale + tiles;
     s.value_scales = p.v_scale + (Values::kTileMaximum ? tiles : plane * Config::kHeadDim);
+    s.value_means = p.v_mean + plane * Config::kHeadDim;
     return s;
   }
 
@@ -301,7 +303,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       float x[2];
       for (int k = 0; k < 2; ++k) {
         const float scale = Values::kTileMaximum ? 1.0f : block.value_scales[channel + k];
-        x[k] = l == 0.0f ? 0.0f : o[r][n][2 * c + k] * factor * scale;
+        const float mean = Values::kFormat == PvFormat::kE4m3 ? block.value_means[channel + k] : 0.0f;
+        x[k] = l == 0.0f ? 0.0f : fmaf(o[r][n][2 * c + k] * factor, scale, mean);
       }
       if (shape.head_dim % 2 == 0) {
         if (channel < shape.head_dim) store_two(p.out, p.out_dtype, out_at + channel, x[0], x[1]);

@@ -1,7 +1,7 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
 //   clear_maxima      zeroes the maxima                                             (train8)
 //   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
-//   query_terms       per query: D = dO·O, r, 1/l, dO as INT8 codes or bf16; maxima of x and y
+//   query_terms       per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
 //   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter.
 //
@@ -174,6 +174,8 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
   const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
   const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
   const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
+  float v_mean[kChannels];
+  load_floats(v_mean, p.v_mean + kv_plane * kHeadDim + channel);
   float x_max[kChannels] = {}, y_max[kChannels] = {};
 #pragma unroll 1
   for (int first = at.index * kTilesPerBlock * kTile;
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         x[c] = live ? x[c] : 0.0f;
-        dot = live ? fmaf(x[c], o[c], dot) : 0.0f;
+        dot = live ? fmaf(x[c], o[c] - v_mean[c], dot) : 0.0f;
       }
       dot = lanes_sum<kLanes>(dot);
       const float largest = lanes_max<kLanes>(largest_magnitude(x));

@@ -301,7 +301,11 @@ class Consumer {
     for (int i = 0; i < Config::kOutputs; ++i) {
       const int r = i >> 1 & 1;
       const float scale = slot.v_scale[i / 4 * 8 + 2 * t + (i & 1)];
-      o_[i] = factor[r] == 0.0f ? 0.0f : o_[i] * factor[r] * scale;
+      float2 mean = {0.0f, 0.0f};
+      if constexpr (Values::kFormat == PvFormat::kE4m3) {
+        mean = __ldg(reinterpret_cast<const float2*>(slot.v_mean + i / 4 * 8 + 2 * t));
+      }
+      o_[i] = factor[r] == 0.0f ? 0.0f : fmaf(o_[i] * factor[r], scale, i & 1 ? mean.y : mean.x);
     }
     const int64_t first =
         ((static_cast<int64_t>(mask.b) * shape.queries + slot.row + warp_row_) * shape.heads +

@@ -46,6 +46,7 @@ struct WorkSlot {
   int row;
   float q_scale[kRows];
   float v_scale[kHeadDim];
+  const float* v_mean;  // [kHeadDim], in global memory: shared memory is full
 };
 
 // What consumers need of a tile of keys.
@@ -97,6 +98,7 @@ class Producer {
     if (lane() == 0) {
       slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
       slot.row = work.row;
+      slot.v_mean = p.v_mean + static_cast<int64_t>(kv_plane_) * Config::kHeadDim;
     }
     const float* const q_scale = p.q_scale + static_cast<int64_t>(plane) * p.shape.queries + work.row;
 #pragma unroll 1

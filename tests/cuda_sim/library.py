@@ -68,8 +68,8 @@ QuantizeKvParams = _struct(
     *_fields(_pointer, "k v bounds"),
     *_fields(_int, "pv dp"),
     ("v_range", _float),
-    ("smooth_k", _bool),
-    *_fields(_pointer, "k8 k_scale k_mean v_pv v_scale v_dp v_dp_scale workspace"),
+    *_fields(_bool, "smooth_k smooth_v"),
+    *_fields(_pointer, "k8 k_scale k_mean v_pv v_scale v_mean v_dp v_dp_scale workspace"),
 )
 QuantizeQParams = _struct(
     "QuantizeQParams",
@@ -88,7 +88,7 @@ AttendParams = _struct(
     ("f16_accumulate", _bool),
     ("scale", _float),
     ("portable", _bool),
-    *_fields(_pointer, "q8 q_scale lse_shift k8 k_scale v_pv v_scale"),
+    *_fields(_pointer, "q8 q_scale lse_shift k8 k_scale v_pv v_scale v_mean"),
     ("out_dtype", _int),
     *_fields(_pointer, "out lse m l workspace"),
 )
@@ -205,7 +205,7 @@ def mask_params(arrays, masks, window_left, window_right):
     )  # fmt: skip
 
 
-def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp):
+def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp):
     """As `sage_jax.reference.quantize_kv`, on the simulator; a tuple of NumPy arrays."""
     from sage_jax.recipe import padded_head_dim
 
@@ -222,13 +222,14 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, dp):
         a.output(channels, F32),
         a.output(turned if pv in ("e4m3", "int8") else dense, PV_TYPES[pv]),
         a.output(scales if pv == "int8" else channels, F32),
+        a.output(channels, F32),
         a.output(dense if dp else (0,), BF16 if dp == "bf16" else S8),
         a.output(scales if dp == "int8" else (0,), F32),
     ]
     workspace = library().sim_quantize_kv_workspace_bytes(ctypes.byref(shape))
     params = QuantizeKvParams(
         shape, DTYPES[k.dtype.name], DTYPES[v.dtype.name], a.input(k), a.input(v), a.input(bounds),
-        PV[pv], DP[dp], v_range, smooth_k, *(address for address, _ in results),
+        PV[pv], DP[dp], v_range, smooth_k, smooth_v, *(address for address, _ in results),
         a.output((workspace,), np.uint8)[0],
     )  # fmt: skip
     run("quantize_kv", params, a)
@@ -265,7 +266,7 @@ def attend(
     workspace = library().sim_mask_workspace_bytes(ctypes.byref(shape), ctypes.byref(given))
     params = AttendParams(
         shape, given, PV[pv], f16_accumulate, scale, False,
-        *(a.input(x) for x in (*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale)),
+        *(a.input(x) for x in (*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean)),
         DTYPES[np.dtype(out_dtype).name], *(address for address, _ in results),
         a.output((workspace,), np.uint8)[0],
     )  # fmt: skip
