@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "common/decode.h"
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "common/mask.cuh"
@@ -41,6 +42,9 @@ const char* attend(const AttendParams& params, Stream stream) {
              params.shape.padded_dim);
     return message;
   }
+  const DecodePlan plan =
+      decode_plan(params.shape, params.masks, params.pv, params.f16_accumulate);
+  if (plan.splits > 1 && !params.portable) return attend_split(params, plan, stream);
   kernel = find(params, device_architecture() + 1);
   if (kernel == nullptr) return missing;  // the caller explains which architectures there are
   const char* error = summarize_masks(params.shape, params.masks, params.workspace, stream);
@@ -53,6 +57,11 @@ const char* attend(const AttendParams& params, Stream stream) {
     error = kernel->launch(params, stream);
   }
   return error;
+}
+
+size_t attend_workspace_bytes(const AttendParams& p) {
+  return mask_workspace_bytes(p.shape, p.masks) +
+         decode_plan(p.shape, p.masks, p.pv, p.f16_accumulate).bytes;
 }
 
 }  // namespace sage

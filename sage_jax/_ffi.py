@@ -206,7 +206,9 @@ def _workspace_bytes(name, settings: Settings, operands) -> int | None:
     B, N, T, _ = operands[0].shape
     _, K, S, _ = operands[3 if name == "attend" else 2].shape
     if name == "attend":
-        return _workspace.attend_bytes(B, T, S, **masking)
+        recipe = settings.recipe
+        formats = {"pv": recipe.pv_code, "f16_accumulate": recipe.f16_accumulate}
+        return _workspace.attend_bytes(B, T, S, N, K, padded, **formats, **masking)
     recipe = settings.recipe
     codes = {"backward": recipe.backward_code, "dp": recipe.dp_code}
     return _workspace.attend_backward_bytes(B, T, S, N, K, padded, **codes, **masking)

@@ -55,6 +55,24 @@ def mask_rows(B: int, T: int, S: int, mask_shape, segments: bool):
     )
 
 
+def decode_rows(B: int, T: int, S: int, N: int, K: int, Hp: int):
+    """Rows that hold the parts of an attention whose keys are split among blocks: few queries, many keys, no dense mask,
+    no segments, values in e4m3 (float32 sums), f16 or bf16. The rule is that of `cuda/common/decode.h`.
+    """
+    tiles = _tiles(S)
+    if not (0 < T <= 16 and tiles >= 16 and Hp <= 128 and B > 0 and K > 0):
+        return ()
+    blocks = B * K * -(-(N // K * T) // 16)
+    splits = min(max(512 // blocks, 1), tiles // 4)
+    if splits == 1:
+        return ()
+    return (
+        ("partial_out", "f32", (B, N, T, splits, Hp)),
+        ("partial_m", "f32", (B, N, T, splits)),
+        ("partial_l", "f32", (B, N, T, splits)),
+    )
+
+
 def attend_backward_rows(
     B: int, T: int, S: int, N: int, K: int, Hp: int, *, backward: int, dp: int
 ):
@@ -82,9 +100,24 @@ def quantize_kv_bytes(B: int, S: int, K: int, Hp: int) -> int:
     return _total(quantize_kv_rows(B, S, K, Hp))
 
 
-def attend_bytes(B: int, T: int, S: int, *, mask_shape, segments: bool) -> int:
-    """Length of the `workspace` result of `sage_jax_attend` on CUDA; arguments as in `mask_rows`."""
-    return _total(mask_rows(B, T, S, mask_shape, segments))
+def attend_bytes(
+    B: int,
+    T: int,
+    S: int,
+    N: int,
+    K: int,
+    Hp: int,
+    *,
+    pv: int,
+    f16_accumulate: bool,
+    mask_shape,
+    segments: bool,
+) -> int:
+    """Length of the `workspace` result of `sage_jax_attend` on CUDA (codes as in `docs/abi.md`)."""
+    rows = mask_rows(B, T, S, mask_shape, segments)
+    if pv != 3 and not f16_accumulate and not segments and math.prod(mask_shape) == 0:
+        rows += decode_rows(B, T, S, N, K, Hp)
+    return _total(rows)
 
 
 def attend_backward_bytes(
@@ -102,4 +135,4 @@ def attend_backward_bytes(
 ) -> int:
     """Length of the `workspace` result of `sage_jax_attend_backward` on CUDA."""
     rows = attend_backward_rows(B, T, S, N, K, Hp, backward=backward, dp=dp)
-    return _total(rows) + attend_bytes(B, T, S, mask_shape=mask_shape, segments=segments)
+    return _total(rows) + _total(mask_rows(B, T, S, mask_shape, segments))

@@ -3,10 +3,12 @@
 //
 //   bench_kernels time [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--tokens N] [--channels N]
 //                     [--portable 1] [--backward 1]
+//   bench_kernels decode [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--portable 1]
 //   bench_kernels soak [--problems N] [--seed N] [--first N]
 //
 // `time` prints milliseconds of each operation and the rates of the attention kernels (of train8's
-// backward pass: its pre-pass included). `soak` runs
+// backward pass: its pre-pass included). `decode` does so for one to 16 queries of 32 heads, which share
+// eight key heads of the given lengths, with the rate at which codes of K and V are read. `soak` runs
 // random problems, masks and ragged shapes included, through the kernel that the device would get and
 // through the portable one, and fails where results differ by more than rounding.
 #include "soak.cuh"
@@ -51,6 +53,26 @@ int time_kernels(const Options& o) {
   return 0;
 }
 
+int time_decoding(const Options& o) {
+  printf("%4s %6s %7s %10s %10s\n", "dim", "keys", "queries", "attend us", "GB/s");
+  for (int dim : o.dim) {
+    for (int keys : o.seq) {
+      for (int queries : {1, 4, 16}) {
+        Problem p({1, queries, keys, 32, 8, dim, dim}, o.pv, 7, 1.0f);
+        p.quantize_keys();
+        p.quantize_queries();
+        Problem::Result result(p.shape);
+        const AttendParams call = p.params(result, Dtype::kBf16, o.portable);
+        const double us = 1e3 * milliseconds([&] { check(attend(call, nullptr)); });
+        const double bytes = static_cast<double>(p.k8.count) + static_cast<double>(p.v_pv.count);
+        printf("%4d %6d %7d %10.1f %10.0f\n", dim, keys, queries, us, bytes / us / 1e3);
+        fflush(stdout);
+      }
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -79,7 +101,8 @@ int main(int count, char** words) {
   if (command == "time") {
     return time_kernels(o);
   }
+  if (command == "decode") return time_decoding(o);
   if (command == "soak") return soak(o);
-  fprintf(stderr, "bench_kernels: say `time` or `soak`\n");
+  fprintf(stderr, "bench_kernels: say `time`, `decode` or `soak`\n");
   return 2;
 }

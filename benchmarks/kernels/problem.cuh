@@ -153,6 +153,13 @@ struct Problem {
     bounds.upload(b);
     masks.bounds = bounds.data;
     masks.window_left = masks.window_right = 1 << 30;
+    workspace = Buffer<uint8_t>(workspace_bytes());
+  }
+
+  size_t workspace_bytes() const {
+    AttendParams p = {};
+    p.shape = shape, p.masks = masks, p.pv = pv;
+    return attend_workspace_bytes(p);
   }
 
   void quantize_keys(bool with_gradients = false) {

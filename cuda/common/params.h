@@ -94,7 +94,7 @@ struct AttendParams {
   float* lse;       // [B, N, T]
   float* m;         // [B, N, T]
   float* l;         // [B, N, T]
-  void* workspace;  // mask_workspace_bytes(shape, masks), 256-byte aligned
+  void* workspace;  // attend_workspace_bytes(params), 256-byte aligned
 };
 
 struct BackwardParams {
@@ -136,6 +136,7 @@ size_t quantize_kv_workspace_bytes(const AttentionShape& shape);
 const char* quantize_q(const QuantizeQParams& params, Stream stream);
 
 const char* attend(const AttendParams& params, Stream stream);
+size_t attend_workspace_bytes(const AttendParams& params);
 
 const char* attend_backward(const BackwardParams& params, Stream stream);
 size_t backward_workspace_bytes(const BackwardParams& params);

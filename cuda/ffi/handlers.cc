@@ -211,7 +211,7 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
   params.l = data<float>(*l);
   params.workspace = data<void>(*workspace);
   if (check.failed()) return check.result();
-  check_workspace(check, workspace, mask_workspace_bytes(shape, params.masks));
+  check_workspace(check, workspace, attend_workspace_bytes(params));
   if (check.failed()) return check.result();
   return finish("sage_jax_attend", attend(params, stream));
 }

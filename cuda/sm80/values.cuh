@@ -39,8 +39,8 @@ struct TransposedValues {
 
   template <int kHeadDim, int kThreads>
   static __device__ __forceinline__ void copy(uint32_t shared, const unsigned char* plane, int key,
-                                              int keys) {
-    Tile<kHeadDim>::template copy<kThreads>(shared, plane + key, padded(keys), kHeadDim);
+                                              int keys, int thread = threadIdx.x) {
+    Tile<kHeadDim>::template copy<kThreads>(shared, plane + key, padded(keys), kHeadDim, thread);
   }
 };
 
@@ -55,9 +55,9 @@ struct NaturalValues {
 
   template <int kHeadDim, int kThreads>
   static __device__ __forceinline__ void copy(uint32_t shared, const unsigned char* plane, int key,
-                                              int keys) {
+                                              int keys, int thread = threadIdx.x) {
     Tile<kHeadDim>::template copy<kThreads>(shared, plane + plane_bytes(kHeadDim, key),
-                                            2 * kHeadDim, keys - key);
+                                            2 * kHeadDim, keys - key, thread);
   }
 };
 

@@ -12,8 +12,8 @@ size_t sim_quantize_kv_workspace_bytes(const sage::AttentionShape* s) {
 }
 const char* sim_quantize_q(const sage::QuantizeQParams* p) { return sage::quantize_q(*p, nullptr); }
 const char* sim_attend(const sage::AttendParams* p) { return sage::attend(*p, nullptr); }
-size_t sim_mask_workspace_bytes(const sage::AttentionShape* s, const sage::MaskParams* m) {
-  return sage::mask_workspace_bytes(*s, *m);
+size_t sim_attend_workspace_bytes(const sage::AttendParams* p) {
+  return sage::attend_workspace_bytes(*p);
 }
 
 void sim_set_schedule(int schedule) { sim::schedule = schedule; }

@@ -27,6 +27,7 @@ SOURCES = (
     "common/mask_summary.cu",
     "quantize/quantize_kv.cu",
     "quantize/quantize_q.cu",
+    "sm80/attention_decode.cu",
     "sm80/attention_fwd.cu",
     "sm80/attention_fwd_e4m3.cu",
     "sm89/attention_fwd.cu",
@@ -114,7 +115,7 @@ def library():
     lib = ctypes.CDLL(str(target))
     for name in ("sim_quantize_kv", "sim_quantize_q", "sim_attend"):
         getattr(lib, name).restype = ctypes.c_char_p
-    for name in ("sim_quantize_kv_workspace_bytes", "sim_mask_workspace_bytes"):
+    for name in ("sim_quantize_kv_workspace_bytes", "sim_attend_workspace_bytes"):
         getattr(lib, name).restype = ctypes.c_size_t
     for struct, name in (
         (AttendParams, "attend"), (QuantizeKvParams, "quantize_kv"), (QuantizeQParams, "quantize_q")
@@ -263,12 +264,12 @@ def attend(
     results = [a.output((batch, queries, heads, head_dim), out_dtype)]
     results += [a.output(rows, F32) for _ in range(3)]
     given = mask_params(a, masks, window_left, window_right)
-    workspace = library().sim_mask_workspace_bytes(ctypes.byref(shape), ctypes.byref(given))
     params = AttendParams(
         shape, given, PV[pv], f16_accumulate, scale, False,
         *(a.input(x) for x in (*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean)),
-        DTYPES[np.dtype(out_dtype).name], *(address for address, _ in results),
-        a.output((workspace,), np.uint8)[0],
+        DTYPES[np.dtype(out_dtype).name], *(address for address, _ in results), None,
     )  # fmt: skip
+    size = library().sim_attend_workspace_bytes(ctypes.byref(params))
+    params.workspace = a.output((size,), np.uint8)[0]
     run("attend", params, a)
     return tuple(array for _, array in results)
