@@ -63,6 +63,7 @@ struct DkvConfig {
   static constexpr RowsIn kValueRows =
       kHeadDim == 256 && Dp::kBytes == 2 ? RowsIn::kGlobal : RowsIn::kShared;
   static constexpr int kGroups = 2;  // of 8 queries, scored at once
+  static constexpr bool kStops = kChannels == 128 && Dp::kBytes == 2;  // halfway: ptx::always
   static constexpr int kMinBlocks = kHeadDim > 64 || Recipe::kWideOperands || Dp::kBytes == 2 ? 2 : 3;
 
   // ------------------------------------------------------------------------------ shared-memory map
@@ -246,6 +247,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
       const auto* terms = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt);
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
+        if (Config::kStops && from == kTileGroups / 2 && !ptx::always(s.queries, from)) continue;
         ScorePart<Dp, Config::kGroups> scores;
         scores.template multiply<typename Config::QueryTile, typename Config::GradientTile>(
             k, shared_at + Config::kQueriesAt, v, shared_at + Config::kGradientsAt, 8 * from);
@@ -311,8 +313,10 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         g_scale = g_codes.scale * of_queries.q;
       }
       using Columns = typename Config::ChannelTile;
-      multiply_tile<Recipe, Columns>(dv, probabilities, shared_at + Config::kXAt, e_scale);
-      multiply_tile<Recipe, Columns>(dk, gradients, shared_at + Config::kYAt, g_scale);
+      multiply_tile<Recipe, Columns>(dv, probabilities, shared_at + Config::kXAt, e_scale,
+                                     s.queries);
+      multiply_tile<Recipe, Columns>(dk, gradients, shared_at + Config::kYAt, g_scale,
+                                     s.queries);
     }
     at = next;
   }

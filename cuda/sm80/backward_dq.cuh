@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         tile_scale = codes.scale * now.k;
       }
       multiply_tile<Recipe, typename Config::ZTile>(dq, operand, shared_at + Config::kZAt,
-                                                    tile_scale);
+                                                    tile_scale, p.shape.keys);
     }
     tile = next;
   }
