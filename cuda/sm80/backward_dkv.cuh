@@ -64,8 +64,10 @@ struct DkvConfig {
   static constexpr RowsIn kValueRows =
       kHeadDim == 256 && Dp::kBytes == 2 ? RowsIn::kGlobal : RowsIn::kShared;
   static constexpr int kGroups = 2;  // of 8 queries, scored at once
-  static constexpr bool kStops = kChannels == 128;  // halfway: ptx::always
   static constexpr int kMinBlocks = kHeadDim > 64 || Recipe::kWideOperands || Dp::kBytes == 2 ? 2 : 3;
+  // Stops for ptxas (ptx::always) halfway through the scores and between the sums: where it spills else.
+  static constexpr bool kStopHalfway = kChannels == 128;
+  static constexpr bool kStopBetween = Recipe::kTileScales || kMinBlocks == 3;
 
   // ------------------------------------------------------------------------------ shared-memory map
   // Mask × 2 | maxima × 2 | KeyPlan | Q [64][kHeadDim] | dO [64][kHeadDim·kBytes] | terms [64]
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
       const auto* terms = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt);
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
-        if (Config::kStops && from == kTileGroups / 2 && !ptx::always(s.queries, from)) continue;
+        if (Config::kStopHalfway && from == kTileGroups / 2 && !ptx::always(s.queries, from)) continue;
         ScorePart<Dp, Config::kGroups> scores;
         scores.template multiply<typename Config::QueryTile, typename Config::GradientTile>(
             k, shared_at + Config::kQueriesAt, v, shared_at + Config::kGradientsAt, 8 * from);
@@ -318,7 +320,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
       using Columns = typename Config::ChannelTile;
       multiply_tile<Recipe, Columns>(dv, probabilities, shared_at + Config::kXAt, e_scale,
                                      s.queries);
-      if (!Recipe::kTileScales || ptx::always(s.queries, 1)) {
+      if (!Config::kStopBetween || ptx::always(s.queries, 1)) {
         multiply_tile<Recipe, Columns>(dk, gradients, shared_at + Config::kYAt, g_scale,
                                        s.queries);
       }
