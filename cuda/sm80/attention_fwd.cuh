@@ -78,8 +78,9 @@ struct ForwardConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "docs/abi.md pads to these");
 
-  // Output channels of a block. Fewer than all: so many more blocks, which compute the scores again.
-  static constexpr int kChannels = kHeadDim < Values::kMaxChannels ? kHeadDim : Values::kMaxChannels;
+  // Output channels of a block. Fewer than all: more blocks, which compute the scores again.
+  static constexpr int kChannels =
+      kHeadDim < Values::kMaxChannels ? kHeadDim : Values::kMaxChannels;
   static constexpr int kSplits = kHeadDim / kChannels;
 
   static constexpr int kWarps = 4;
@@ -101,8 +102,8 @@ struct ForwardConfig {
   static constexpr int kMinBlocks = kHeadDim == 128 && kLeanValues ? 3 : 2;
 
   // ------------------------------------------------------------------------------ shared-memory
-  // map kStages × { K tile [64 keys][kHeadDim] s8 | V tile of kChannels as Values wants it } | Q tile
-  // [kRows][kHeadDim] s8 | BlockState
+  // map kStages × { K tile [64 keys][kHeadDim] s8 | V tile of kChannels, as Values wants it }
+  // | Q tile [kRows][kHeadDim] s8 | BlockState
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kTileKeys, kHeadDim>;
   using ValueTile = typename Values::template Tile<kChannels>;

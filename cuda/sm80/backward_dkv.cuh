@@ -65,7 +65,8 @@ struct DkvConfig {
       kHeadDim == 256 && Dp::kBytes == 2 ? RowsIn::kGlobal : RowsIn::kShared;
   static constexpr int kGroups = 2;  // of 8 queries, scored at once
   static constexpr int kMinBlocks = kHeadDim > 64 || Recipe::kWideOperands || Dp::kBytes == 2 ? 2 : 3;
-  // Stops for ptxas (ptx::always) halfway through the scores and between the sums: where it spills else.
+  // Stops for ptxas (ptx::always) halfway through the scores and between both sums' products, where
+  // registers would spill.
   static constexpr bool kStopHalfway = kChannels == 128;
   static constexpr bool kStopBetween = Recipe::kTileScales || kMinBlocks == 3;
 
@@ -251,7 +252,9 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
       const auto* terms = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt);
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
-        if (Config::kStopHalfway && from == kTileGroups / 2 && !ptx::always(s.queries, from)) continue;
+        if (Config::kStopHalfway && from == kTileGroups / 2) {
+          if (!ptx::always(s.queries, from)) continue;
+        }
         ScorePart<Dp, Config::kGroups> scores;
         scores.template multiply<typename Config::QueryTile, typename Config::GradientTile>(
             k, shared_at + Config::kQueriesAt, v, shared_at + Config::kGradientsAt, 8 * from);

@@ -1,7 +1,7 @@
 // The product P·V of one 16 × 64 tile of probabilities per row tile, in the formats that sm_80
 // knows. Each struct says how V lies in shared memory, how accumulators become A operands (without
-// shuffles: docs/kernels/sm80_forward.md), how a tile's product enters the output, and kMaxChannels:
-// how many output channels a block may have without spilling registers.
+// shuffles: docs/kernels/sm80_forward.md), how a tile's product enters the output, and how many
+// output channels a block may have without spilling registers (kMaxChannels).
 #pragma once
 
 #include "common/params.h"
