@@ -43,19 +43,6 @@ BUDGETS = (
     ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
 )
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
-# Spills that are known and not yet removed: (architecture, kernel, bytes of stack), `*` stands for anything. Entries may
-# only shrink or go: every other kernel must spill nothing. Those that matter for speed are head dimensions 64 and 128.
-KNOWN_SPILLS = (
-    ("120a", "attention_fwd*E4m3ThroughHalf 1*64>", 8),
-    ("120a", "attention_fwd*NativeE4m3*128>", 8),
-    ("120a", "backward_dkv*E4m3Native 128>", 40),
-    ("90a", "backward_dkv*DpBf16*E4m3Unpacked 128>", 8),
-    ("120a", "backward_dq*SageBwd 128>", 8),
-    ("120a", "attention_fwd*Int8 256>", 24),
-    ("*", "attention_fwd*E4m3ThroughHalf*256>", 136),
-    ("*", "attention_fwd*NativeE4m3*256>", 16),
-    ("*", "backward_* 256>", 304),
-)
 BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
 
 
@@ -154,13 +141,7 @@ def violations(kernels: list[Kernel]) -> list[str]:
     found = []
     for k in kernels:
         where = f"{k.name} for sm_{k.arch}"
-        known = [
-            size
-            for arch, name, size in KNOWN_SPILLS
-            if fnmatch.fnmatchcase(k.arch, arch) and fnmatch.fnmatchcase(k.name, name)
-        ]
-        allowed = max(known, default=0)
-        if k.stack > allowed or (k.spills and not allowed):
+        if k.stack or k.spills:
             found.append(
                 f"{where} spills: {k.spills} local loads and stores, a stack frame of {k.stack} bytes; "
                 "lower its registers (fewer values alive in the loop) or its blocks per multiprocessor."

@@ -33,4 +33,9 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// True for every kernel parameter `size` that is not negative, but ptxas cannot know. It loads ahead
+// as far as it can, until other registers spill, and stops at a branch (on sm_120 not at
+// __syncwarp()). `place` differs from place to place, lest ptxas join them.
+__device__ __forceinline__ bool always(int size, int place) { return opaque(size) >= -place; }
+
 }  // namespace sage::ptx

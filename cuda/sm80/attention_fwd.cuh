@@ -28,6 +28,7 @@ namespace sage::sm80 {
 struct BlockState {
   Mask mask;
   int row, rows;   // the queries [row, row + rows)
+  int channel;     // the first of its outputs
   int first, end;  // the tiles of keys that bounds and window leave to them
   const int8_t* keys;
   const unsigned char* values;
@@ -42,9 +43,12 @@ struct BlockState {
     // Blocks of one head follow each other, so that its keys stay in L2; the last rows come first,
     // because under a causal mask they see the most keys.
     const int row_blocks = (shape.queries + Config::kRows - 1) / Config::kRows;
+    const int share = block % Config::kSplits;
+    block /= Config::kSplits;
     const int n = block / row_blocks % shape.heads, b = block / row_blocks / shape.heads;
     BlockState s = {Mask(shape, p.masks, p.workspace, b, n)};
     s.rows = Config::kRows;
+    s.channel = share * Config::kChannels;
     s.row = (row_blocks - 1 - block % row_blocks) * s.rows;
     s.mask.key_tiles(s.row, s.row + s.rows, kTileKeys, s.first, s.end);
     const int64_t plane =
@@ -52,7 +56,8 @@ struct BlockState {
     const int64_t tiles = plane * mask_tiles(shape.keys);
     s.keys = p.k8 + plane * shape.keys * Config::kHeadDim;
     s.values = static_cast<const unsigned char*>(p.v_pv) +
-               plane * Values::plane_bytes(Config::kHeadDim, shape.keys);
+               plane * Values::plane_bytes(Config::kHeadDim, shape.keys) +
+               Values::plane_bytes(s.channel, shape.keys);  // channels follow each other, if split
     s.key_scales = p.k_scale + tiles;
     s.value_scales = p.v_scale + (Values::kTileMaximum ? tiles : plane * Config::kHeadDim);
     s.value_means = p.v_mean + plane * Config::kHeadDim;
@@ -75,10 +80,15 @@ struct ForwardConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256, "docs/abi.md pads to these");
 
+  // Output channels of a block. Fewer than all: more blocks, which compute the scores again.
+  static constexpr int kChannels =
+      kHeadDim < Values::kMaxChannels ? kHeadDim : Values::kMaxChannels;
+  static constexpr int kSplits = kHeadDim / kChannels;
+
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   // 16-row tiles of a warp: two halve the traffic from shared memory per product, but the output
-  // accumulators (kHeadDim / 2 registers each) must leave room for everything else.
+  // accumulators (kChannels / 2 registers each) must leave room for everything else.
   static constexpr int kRowTiles = kHeadDim == 64 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
@@ -94,11 +104,11 @@ struct ForwardConfig {
   static constexpr int kMinBlocks = kHeadDim == 128 && kLeanValues ? 3 : 2;
 
   // ------------------------------------------------------------------------------ shared-memory
-  // map kStages × { K tile [64 keys][kHeadDim] s8 | V tile as Values wants it } | Q tile
-  // [kRows][kHeadDim] s8 | BlockState
+  // map kStages × { K tile [64 keys][kHeadDim] s8 | V tile of kChannels, as Values wants it }
+  // | Q tile [kRows][kHeadDim] s8 | BlockState
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kTileKeys, kHeadDim>;
-  using ValueTile = typename Values::template Tile<kHeadDim>;
+  using ValueTile = typename Values::template Tile<kChannels>;
   static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
   static constexpr int kQueriesAt = kStages * kStageBytes;
   static constexpr int kStateAt = kQueriesAt + QueryTile::kBytes;
@@ -146,13 +156,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     attention_fwd(const AttendParams p) {
   using Values = typename Config::Values;
   constexpr int kRowTiles = Config::kRowTiles, kHeadDim = Config::kHeadDim;
+  constexpr int kChannels = Config::kChannels;
   const AttentionShape& shape = p.shape;
 
   BlockState& block = *reinterpret_cast<BlockState*>(ptx::dynamic_shared() + Config::kStateAt);
   if (threadIdx.x == 0) block = BlockState::make<Config>(p, static_cast<int>(blockIdx.x));
   __syncthreads();
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int g = lane / 4, t = lane % 4;
+  const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4;
   const int warp_at = static_cast<int>(threadIdx.x) / kWarpSize * Config::kWarpRows;
   const int warp_row = block.row + warp_at;
 
@@ -171,7 +181,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     const float scale = row < shape.queries ? p.q_scale[query_rows + row] : 0.0f;
     row_scale[i / 2][i % 2] = scale * (p.scale * kLog2E);
   }
-  float o[kRowTiles][kHeadDim / 8][4] = {};
+  float o[kRowTiles][kChannels / 8][4] = {};
   RowSoftmax softmax[kRowTiles];
 
   // -------------------------------------------------------------------------------------- main
@@ -194,8 +204,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       const int key = next * kTileKeys;
       Config::KeyTile::template copy<Config::kThreads>(
           at, block.keys + static_cast<int64_t>(key) * kHeadDim, kHeadDim, shape.keys - key);
-      Values::template copy<kHeadDim, Config::kThreads>(at + Config::KeyTile::kBytes, block.values,
-                                                        key, shape.keys);
+      Values::template copy<kChannels, Config::kThreads>(at + Config::KeyTile::kBytes, block.values,
+                                                         key, shape.keys);
     }
     ptx::cp_async_commit();  // empty groups too: the count of groups stays that of tiles
     queue[kAhead] = next;
@@ -243,7 +253,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       }
       if (rows.raise_maximum(top, shrink)) {
 #pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n) {
+        for (int n = 0; n < kChannels / 8; ++n) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) o[r][n][c] *= shrink[c >> 1];
         }
@@ -267,17 +277,22 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       }
       Values::pack(probabilities[r], e);
     }
-    Values::template multiply<kHeadDim, kRowTiles>(o, probabilities, weight,
-                                                   ring + stage_at + Config::KeyTile::kBytes);
+    Values::template multiply<kChannels, kRowTiles>(o, probabilities, weight,
+                                                    ring + stage_at + Config::KeyTile::kBytes);
   }
   ptx::cp_async_wait_group<0>();
 
   // ---------------------------------------------------------------------------------------
   // epilogue
   const Mask& mask = block.mask;
+  // Found again: else ptxas keeps rows and their addresses in registers throughout the loop.
+  const int thread = ptx::opaque(threadIdx.x), t = thread % 4;
+  const int first_row =
+      block.row + thread / kWarpSize * Config::kWarpRows + thread % kWarpSize / 4;
+  const int first_channel = Config::kSplits == 1 ? 0 : block.channel;
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
-    const int r = i / 2, c = i % 2, row = warp_row + g + 8 * i;
+    const int r = i / 2, c = i % 2, row = first_row + 8 * i;
     float l = quad_sum(softmax[r].l[c]) * Values::kRowSumScale;
     float m = softmax[r].m[c];
     if (row >= shape.queries) continue;
@@ -288,7 +303,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     } else if (l != 0.0f && isnan(p.q_scale[at])) {
       l = NAN;
     }
-    if (t == 0) {
+    if (t == 0 && first_channel == 0) {
       p.l[at] = l;
       p.m[at] = m;
       p.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + p.lse_shift[at];
@@ -298,8 +313,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
         ((static_cast<int64_t>(mask.b) * shape.queries + row) * shape.heads + mask.n) *
         shape.head_dim;
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const int channel = 8 * n + 2 * t;
+    for (int n = 0; n < kChannels / 8; ++n) {
+      const int channel = first_channel + 8 * n + 2 * t;
       float x[2];
       for (int k = 0; k < 2; ++k) {
         const float scale = Values::kTileMaximum ? 1.0f : block.value_scales[channel + k];
@@ -319,7 +334,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 template <class Config>
 const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   const AttentionShape& shape = params.shape;
-  const int64_t blocks = static_cast<int64_t>(shape.batch) * shape.heads *
+  const int64_t blocks = static_cast<int64_t>(shape.batch) * shape.heads * Config::kSplits *
                          ((shape.queries + Config::kRows - 1) / Config::kRows);
   if (blocks > INT32_MAX) {
     return "sage_jax: batch · heads · query length needs more than 2^31 blocks; split the batch.";

@@ -44,6 +44,7 @@ struct KeyPlan {
   KeyBlock block;
   KeyScales scales;
   int first, end;  // query tiles
+  int group;       // query heads
 };
 
 // ---------------------------------------------------------------------------------- tile constants
@@ -64,6 +65,10 @@ struct DkvConfig {
       kHeadDim == 256 && Dp::kBytes == 2 ? RowsIn::kGlobal : RowsIn::kShared;
   static constexpr int kGroups = 2;  // of 8 queries, scored at once
   static constexpr int kMinBlocks = kHeadDim > 64 || Recipe::kWideOperands || Dp::kBytes == 2 ? 2 : 3;
+  // Stops for ptxas (ptx::always) halfway through the scores and between both sums' products, where
+  // registers would spill.
+  static constexpr bool kStopHalfway = kChannels == 128;
+  static constexpr bool kStopBetween = Recipe::kTileScales || kMinBlocks == 3;
 
   // ------------------------------------------------------------------------------ shared-memory map
   // Mask × 2 | maxima × 2 | KeyPlan | Q [64][kHeadDim] | dO [64][kHeadDim·kBytes] | terms [64]
@@ -169,7 +174,6 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
   float dk[Config::kChannels / 8][4] = {}, dv[Config::kChannels / 8][4] = {};
   {
   const KeyBlock block(s, Config::kSplits, blockIdx.x);
-  const int group = s.heads / s.kv_heads;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
   // ------------------------------------------------------------------- which tiles of which heads
@@ -179,11 +183,13 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
   };
   KeyPlan& plan = *reinterpret_cast<KeyPlan*>(shared + Config::kPlanAt);
   if (threadIdx.x == 0) {
+    const int group = s.heads / s.kv_heads;
     for (int head = 0; head < min(group, 2); ++head) {
       mask_of(head) =
           Mask(s, p.masks, p.w.masks, block.batch, block.kv_head * group + head);
     }
     plan.block = block;
+    plan.group = group;
     plan.scales = KeyScales::load<Dp>(p, block.kv_plane, block.first / kTile);
     mask_of(0).query_tiles(block.first, block.first + kBlockRows, kTile, plan.first, plan.end);
   }
@@ -200,8 +206,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     return at;
   };
 
-  QueryTileIndex at = {plan.first < plan.end ? 0 : group, plan.first};
-  if (at.head < group) load_scores_operands<Config>(p, block.first_plane, at.tile, shared_at);
+  QueryTileIndex at = {plan.first < plan.end ? 0 : plan.group, plan.first};
+  if (at.head < plan.group) load_scores_operands<Config>(p, block.first_plane, at.tile, shared_at);
   typename Config::KeyRows k;
   typename Config::ValueRows v;
   const int64_t key_row = static_cast<int64_t>(block.kv_plane) * s.keys + block.first;
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
   ptx::cp_async_commit();
 
   // -------------------------------------------------------------------------------------- main loop
-  while (at.head < group) {
+  while (at.head < plan.group) {
     const int plane = plan.block.first_plane + at.head;
     ptx::cp_async_wait_group<0>();  // Q, dO and terms of this thread's copies ...
     __syncthreads();                // ... and of all; nobody reads x and y any more
@@ -246,6 +252,9 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
       const auto* terms = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt);
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
+        if (Config::kStopHalfway && from == kTileGroups / 2) {
+          if (!ptx::always(s.queries, from)) continue;
+        }
         ScorePart<Dp, Config::kGroups> scores;
         scores.template multiply<typename Config::QueryTile, typename Config::GradientTile>(
             k, shared_at + Config::kQueriesAt, v, shared_at + Config::kGradientsAt, 8 * from);
@@ -286,16 +295,17 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     auto* maxima = reinterpret_cast<uint32_t*>(shared + Config::kMaximaAt);
     if constexpr (Recipe::kTileScales) {
       const uint32_t largest_e = works ? e.largest() : 0u, largest_g = works ? g.largest() : 0u;
-      if (threadIdx.x % kWarpSize == 0) {
-        maxima[warp] = largest_e;
-        maxima[kBackwardWarps + warp] = largest_g;
+      const int thread = ptx::opaque(threadIdx.x);
+      if (thread % kWarpSize == 0) {
+        maxima[thread / kWarpSize] = largest_e;
+        maxima[kBackwardWarps + thread / kWarpSize] = largest_g;
       }
     }
 
     ptx::cp_async_wait_group<0>();  // x and y
     __syncthreads();                // nobody reads Q, dO and terms any more
     const QueryTileIndex next = advance(at);
-    if (next.head < group) {
+    if (next.head < plan.group) {
       load_scores_operands<Config>(p, plan.block.first_plane + next.head, next.tile, shared_at);
     }
     ptx::cp_async_commit();
@@ -311,8 +321,12 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         g_scale = g_codes.scale * of_queries.q;
       }
       using Columns = typename Config::ChannelTile;
-      multiply_tile<Recipe, Columns>(dv, probabilities, shared_at + Config::kXAt, e_scale);
-      multiply_tile<Recipe, Columns>(dk, gradients, shared_at + Config::kYAt, g_scale);
+      multiply_tile<Recipe, Columns>(dv, probabilities, shared_at + Config::kXAt, e_scale,
+                                     s.queries);
+      if (!Config::kStopBetween || ptx::always(s.queries, 1)) {
+        multiply_tile<Recipe, Columns>(dk, gradients, shared_at + Config::kYAt, g_scale,
+                                       s.queries);
+      }
     }
     at = next;
   }

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         tile_scale = codes.scale * now.k;
       }
       multiply_tile<Recipe, typename Config::ZTile>(dq, operand, shared_at + Config::kZAt,
-                                                    tile_scale);
+                                                    tile_scale, p.shape.keys);
     }
     tile = next;
   }
@@ -297,9 +297,11 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
 
   // --------------------------------------------------------------------------------------- epilogue
   const QueryBlock block(p.shape, Config::kSplits, ptx::opaque(blockIdx.x));
+  const int thread = ptx::opaque(threadIdx.x), t = thread % 4;
+  const int thread_row = thread / kWarpSize * kWarpRows + thread % kWarpSize / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int in_block = warp_row + lane / 4 + 8 * r, query = block.first + in_block;
+    const int in_block = thread_row + 8 * r, query = block.first + in_block;
     if (query >= block.queries) continue;
     const int64_t row = static_cast<int64_t>(block.plane) * block.queries + query;
     const float factor = p.w.row_factor[block.padded_row + in_block];
@@ -308,7 +310,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
                              p.shape.heads + block.head) * p.shape.head_dim;
 #pragma unroll
     for (int n = 0; n < Config::kChannels / 8; ++n) {
-      const int channel = block.channel + 8 * n + lane % 4 * 2;
+      const int channel = block.channel + 8 * n + 2 * t;
       float x[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {

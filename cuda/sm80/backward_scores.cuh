@@ -150,8 +150,10 @@ __device__ __forceinline__ void score_product(Accumulator (&acc)[kGroups][4], co
     for (int c = 0; c < 4; ++c) acc[n][c] = zero;
   }
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-#pragma unroll
-  for (int step = 0; step < Columns::kChunks / 2; ++step) {
+  constexpr int kSteps = Columns::kChunks / 2;
+  constexpr int kAtOnce = kSteps > 8 ? 4 : kSteps;  // else ptxas loads ahead until registers spill
+#pragma unroll kAtOnce
+  for (int step = 0; step < kSteps; ++step) {
     uint32_t a[4];
     rows.get(a, step, lane);
 #pragma unroll
@@ -273,10 +275,11 @@ __device__ __forceinline__ GroupScale tile_codes(const uint32_t* maxima) {
 }
 
 // sums += operand · columns: 16 rows × 64 tokens by 64 tokens × 8 channels for each of kGroups.
+// `size`: see ptx::always.
 template <class Recipe, class Columns, int kGroups>
 __device__ __forceinline__ void multiply_tile(float (&sums)[kGroups][4],
                                               const typename Recipe::Operand& operand,
-                                              uint32_t columns, float scale) {
+                                              uint32_t columns, float scale, int size) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   if constexpr (Recipe::kTileScales) {
 #pragma unroll
@@ -300,10 +303,14 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[kGroups][4],
     }
   } else {
 #pragma unroll
-    for (int n = 0; n < kGroups; ++n) {
-      uint32_t b[4];
-      load_channels<Columns>(b, columns, 8 * n, lane);
-      Recipe::Products::multiply_add(sums[n], operand, b);
+    for (int n = 0; n < kGroups; n += 8) {
+      if (n > 0 && !ptx::always(size, n)) continue;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        uint32_t b[4];
+        load_channels<Columns>(b, columns, 8 * (n + i), lane);
+        Recipe::Products::multiply_add(sums[n + i], operand, b);
+      }
     }
   }
 }

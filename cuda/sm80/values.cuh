@@ -1,6 +1,7 @@
 // The product P·V of one 16 × 64 tile of probabilities per row tile, in the formats that sm_80
 // knows. Each struct says how V lies in shared memory, how accumulators become A operands (without
-// shuffles: docs/kernels/sm80_forward.md), and how a tile's product enters the output.
+// shuffles: docs/kernels/sm80_forward.md), how a tile's product enters the output, and how many
+// output channels a block may have without spilling registers (kMaxChannels).
 #pragma once
 
 #include "common/params.h"
@@ -25,8 +26,8 @@ struct Probabilities8 {
 
 // V as [channels][64 keys] bytes, keys permuted by pi inside groups of 16.
 struct TransposedValues {
-  template <int kHeadDim>
-  using Tile = SharedTile<kHeadDim, kTileKeys>;
+  template <int kChannels>
+  using Tile = SharedTile<kChannels, kTileKeys>;
 
   static __device__ __forceinline__ uint32_t padded(int keys) {
     return static_cast<uint32_t>(keys + kTileKeys - 1) / kTileKeys * kTileKeys;
@@ -37,15 +38,16 @@ struct TransposedValues {
     return static_cast<int64_t>(head_dim) * padded(keys);
   }
 
-  template <int kHeadDim, int kThreads>
+  template <int kChannels, int kThreads>
   static __device__ __forceinline__ void copy(uint32_t shared, const unsigned char* plane, int key,
                                               int keys, int thread = threadIdx.x) {
-    Tile<kHeadDim>::template copy<kThreads>(shared, plane + key, padded(keys), kHeadDim, thread);
+    Tile<kChannels>::template copy<kThreads>(shared, plane + key, padded(keys), kChannels, thread);
   }
 };
 
 // V as [64 keys][channels] of 16 bits.
 struct NaturalValues {
+  static constexpr int kMaxChannels = 256;
   template <int kHeadDim>
   using Tile = SharedTile<kTileKeys, 2 * kHeadDim>;
 
@@ -87,6 +89,7 @@ struct E4m3ThroughHalf : TransposedValues {
   static constexpr PvFormat kFormat = PvFormat::kE4m3;
   static constexpr bool kF16Accumulate = kHalfAccumulators;
   static constexpr bool kTileMaximum = false;
+  static constexpr int kMaxChannels = kHalfAccumulators ? 128 : 256;
   static constexpr float kExponentBias = 8.0f;    // E·256
   static constexpr float kRowSumScale = 0x1p-8f;  // what undoes it in l
   static constexpr float kOutputScale = 0x1p-8f / Conversions::kValueScale;
@@ -100,17 +103,16 @@ struct E4m3ThroughHalf : TransposedValues {
     }
   }
 
-  template <int kHeadDim, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kHeadDim / 8][4],
+  template <int kChannels, int kRowTiles>
+  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kChannels / 8][4],
                                                   const Probabilities (&p)[kRowTiles],
                                                   const float (&)[kRowTiles][2], uint32_t tile) {
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
+    for (int n = 0; n < kChannels / 8; ++n) {
       // Without a stop, ptxas starts so many loads and conversions early that registers spill.
-      constexpr int kStop = kHeadDim == 256 && kHalfAccumulators ? 1 : 2;
-      if ((kHeadDim == 256 || kHalfAccumulators) && n % kStop == 0) __syncwarp();
+      if ((kChannels == 256 || kHalfAccumulators) && n % 2 == 0) __syncwarp();
       uint32_t codes[4], b[4][2];
-      Tile<kHeadDim>::load_b8(codes, tile, 8 * n, 0);
+      Tile<kChannels>::load_b8(codes, tile, 8 * n, 0);
 #pragma unroll
       for (int step = 0; step < 4; ++step) Conversions::widen(b[step], codes[step]);
 #pragma unroll
@@ -170,16 +172,16 @@ struct Values16 : NaturalValues {
     }
   }
 
-  template <int kHeadDim, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kHeadDim / 8][4],
+  template <int kChannels, int kRowTiles>
+  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kChannels / 8][4],
                                                   const Probabilities (&p)[kRowTiles],
                                                   const float (&)[kRowTiles][2], uint32_t tile) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; n += 2) {
+      for (int n = 0; n < kChannels / 8; n += 2) {
         uint32_t b[4];
-        Tile<kHeadDim>::load_b16_transposed(b, tile, 16 * step, n);
+        Tile<kChannels>::load_b16_transposed(b, tile, 16 * step, n);
 #pragma unroll
         for (int r = 0; r < kRowTiles; ++r) {
           add_product(o[r][n], p[r].a[step], {b[0], b[1]});
@@ -208,6 +210,7 @@ struct Int8 : TransposedValues {
   static constexpr PvFormat kFormat = PvFormat::kInt8;
   static constexpr bool kF16Accumulate = false;
   static constexpr bool kTileMaximum = true;
+  static constexpr int kMaxChannels = 128;
   static constexpr float kExponentBias = 0.0f;
   static constexpr float kRowSumScale = 1.0f;
   static constexpr float kOutputScale = 1.0f;
@@ -228,17 +231,17 @@ struct Int8 : TransposedValues {
     }
   }
 
-  template <int kHeadDim, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kHeadDim / 8][4],
+  template <int kChannels, int kRowTiles>
+  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kChannels / 8][4],
                                                   const Probabilities (&p)[kRowTiles],
                                                   const float (&weight)[kRowTiles][2],
                                                   uint32_t tile) {
     const int zero[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      if (n % (kHeadDim == 256 ? 1 : 2) == 0) __syncwarp();  // the same stop as above
+    for (int n = 0; n < kChannels / 8; ++n) {
+      if (n % 2 == 0) __syncwarp();  // the same stop as above
       uint32_t b[4];
-      Tile<kHeadDim>::load_b8(b, tile, 8 * n, 0);
+      Tile<kChannels>::load_b8(b, tile, 8 * n, 0);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         int sum[4];

@@ -11,6 +11,7 @@ struct NativeE4m3 : sm80::TransposedValues {
   static constexpr PvFormat kFormat = PvFormat::kE4m3;
   static constexpr bool kF16Accumulate = kHalfAccumulators;
   static constexpr bool kTileMaximum = false;
+  static constexpr int kMaxChannels = kHalfAccumulators ? 128 : 256;
   static constexpr float kExponentBias = 8.0f;    // E·256
   static constexpr float kRowSumScale = 0x1p-8f;  // what undoes it in l
   static constexpr float kOutputScale = 0x1p-8f;
@@ -28,16 +29,16 @@ struct NativeE4m3 : sm80::TransposedValues {
 
   // Each tile of 64 keys gets fresh accumulators: the hardware's sums keep about 14 bits, float32
   // holds what has been collected before.
-  template <int kHeadDim, int kRowTiles>
-  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kHeadDim / 8][4],
+  template <int kChannels, int kRowTiles>
+  static __device__ __forceinline__ void multiply(float (&o)[kRowTiles][kChannels / 8][4],
                                                   const Probabilities (&p)[kRowTiles],
                                                   const float (&)[kRowTiles][2], uint32_t tile) {
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
+    for (int n = 0; n < kChannels / 8; ++n) {
       if (n % 8 == 0)
         __syncwarp();  // a stop for ptxas, which would load ahead until registers spill
       uint32_t b[4];
-      Tile<kHeadDim>::load_b8(b, tile, 8 * n, 0);
+      Tile<kChannels>::load_b8(b, tile, 8 * n, 0);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
