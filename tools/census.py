@@ -40,6 +40,7 @@ BUDGETS = (
     ("key_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("query_terms*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("combine_splits*", 64, "latency is hidden by warps"),
     ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
 )
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
@@ -105,14 +106,14 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
             ("USETMAXREG", "registers handed from the loader to the consumers"),
         ]
     wanted = []
-    if name.startswith(("attention_fwd", "backward_d")):
+    if name.startswith(("attention_", "backward_d")):
         wanted += [("IMMA", "INT8 scores"), ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
     if name.startswith(("backward_dq", "backward_dkv")) and "Train8" in name:
         native = "E4m3Native" in name
         wanted += [("QMMA", "e4m3 products") if native else ("HMMA", "e4m3 through f16")]
     if name.startswith("backward_d") and "DpBf16" in name or "SageBwd" in name:
         wanted += [("HMMA", "dO·Vᵀ in bf16")]
-    if name.startswith("attention_fwd") and re.search(r"E4m3|Values16|F16|Bf16|Half", name):
+    if name.startswith("attention_") and re.search(r"E4m3|Values16|F16|Bf16|Half", name):
         qmma = arch == 89 or arch >= 100
         if not ("Native" in name and qmma):
             wanted += [("HMMA", "P·V")] if "Native" not in name else []
@@ -122,7 +123,7 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
 
 
 def _is_matrix_kernel(kernel: Kernel) -> bool:
-    return kernel.name.startswith(("attention_fwd", "backward_d"))
+    return kernel.name.startswith(("attention_", "backward_d"))
 
 
 def _warpgroup_violations(k: Kernel, where: str) -> list[str]:
