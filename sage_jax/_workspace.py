@@ -63,7 +63,7 @@ def decode_rows(B: int, T: int, S: int, N: int, K: int, Hp: int):
     if not (0 < T <= 16 and tiles >= 16 and Hp <= 128 and B > 0 and K > 0):
         return ()
     blocks = B * K * -(-(N // K * T) // 16)
-    splits = min(max(512 // blocks, 1), tiles // 4)
+    splits = min(max(256 // blocks, 1), tiles // 4)
     if splits == 1:
         return ()
     return (

@@ -357,8 +357,6 @@ def test_operands_are_checked_with_sentences():
             kv=kv._replace(v_mean=kv.v_mean[..., :32]))  # fmt: skip
     refused("`out` has 100 channels", head_dim=100)
     refused("3 key/value heads", kv=kv._replace(k8=jnp.zeros((1, 3, 70, 64), S8)))
-    with pytest.raises(Exception, match="`smooth_v` is set, but `pv` is not 0"):
-        quantize_kv(x, x, masks.bounds, **(sage2 | {"pv": "bf16"}))
     with pytest.raises(Exception, match="head dimension is 300, but must be 1 to 256"):
         wide = jnp.ones((1, 70, 2, 300))
         rows = ((1, 2, 70), F32)

@@ -191,26 +191,26 @@ def test_checkpoint_gradients():
 
 TRAIN8 = sage_jax.recipes["train8"]
 KEPT = [  # recipe, head dimension -> bytes kept, relative to a bf16 forward pass (docs/numerics.md)
-    (TRAIN8, 64, 0.646),
-    (TRAIN8, 128, 0.637),
-    (TRAIN8, 256, 0.632),
-    (TRAIN8, 80, 0.867),  # padded to 128
-    (TRAIN8.replace(delta="exact"), 128, 0.637),
-    (TRAIN8.replace(dp="bf16"), 64, 0.770),
-    (TRAIN8.replace(dp="bf16"), 128, 0.761),
-    (sage_jax.recipes["sagebwd"], 64, 0.770),
-    (sage_jax.recipes["sagebwd"], 128, 0.761),
-    (sage_jax.recipes["sagebwd"], 80, 1.066),
+    (TRAIN8, 64, 0.645),
+    (TRAIN8, 128, 0.636),
+    (TRAIN8, 256, 0.631),
+    (TRAIN8, 80, 0.866),  # padded to 128
+    (TRAIN8.replace(delta="exact"), 128, 0.636),
+    (TRAIN8.replace(dp="bf16"), 64, 0.769),
+    (TRAIN8.replace(dp="bf16"), 128, 0.760),
+    (sage_jax.recipes["sagebwd"], 64, 0.769),
+    (sage_jax.recipes["sagebwd"], 128, 0.760),
+    (sage_jax.recipes["sagebwd"], 80, 1.064),
 ]
 
 
 @pytest.mark.parametrize("recipe, head_dim, bound", KEPT, ids=lambda x: getattr(x, "name", x))
 def test_bytes_kept_for_the_backward_pass(recipe, head_dim, bound):
-    shape = 2, 256, 4, head_dim
+    shape = 2, 1024, 4, head_dim
     q = k = v = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.bfloat16)
     _, pull = jax.vjp(functools.partial(attend, recipe=recipe), q, k, v)
     kept = {id(x): x.nbytes for x in jax.tree.leaves(pull) if hasattr(x, "nbytes")}
-    bf16 = 4 * q.nbytes + 2 * 256 * 4 * 4  # q, k, v, out, LSE
+    bf16 = 4 * q.nbytes + 2 * 1024 * 4 * 4  # q, k, v, out, LSE
     assert bound - 0.002 < sum(kept.values()) / bf16 <= bound
 
 

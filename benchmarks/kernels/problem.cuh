@@ -93,12 +93,14 @@ struct Difference {
   double odd;
 };
 
-inline Difference compare(const Buffer<float>& a, const Buffer<float>& b) {
+// The difference counts relative to b, but to no less than `floor` an entry.
+inline Difference compare(const Buffer<float>& a, const Buffer<float>& b, double floor = 0) {
   Buffer<double> sums(3);
   check(cudaMemset(sums.data, 0, 24), "cudaMemset");
   compare_floats<<<256, 256>>>(a.data, b.data, a.count, sums.data);
   const auto s = sums.download();
-  return {std::sqrt(s[0] / std::max(s[1], 1e-300)), s[2]};
+  const double least = std::max(floor * floor * static_cast<double>(a.count), 1e-300);
+  return {std::sqrt(s[0] / std::max(s[1], least)), s[2]};
 }
 
 // A problem with all its tensors; quantized operands are made once.

@@ -9,7 +9,7 @@ namespace sage {
 inline constexpr int kDecodeRows = 16;      // query rows of a block: tokens × heads that share keys
 inline constexpr int kDecodeQueries = 16;   // longest query sequence that is split
 inline constexpr int kDecodeTiles = 16;     // fewest tiles of 64 keys
-inline constexpr int kDecodeBlocks = 512;   // blocks to aim at: a few waves on any GPU
+inline constexpr int kDecodeBlocks = 256;   // blocks to aim at: one wave on the largest GPUs
 inline constexpr int kTilesPerSplit = 4;    // fewest
 
 struct DecodePlan {

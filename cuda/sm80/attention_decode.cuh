@@ -249,7 +249,9 @@ __global__ void __launch_bounds__(Config::kHeadDim) combine_splits(const DecodeC
       static_cast<int64_t>(b) * shape.kv_heads + n / (shape.heads / shape.kv_heads);
 
   float m = -INFINITY, l = 0.0f, o = 0.0f;
+#pragma unroll 8
   for (int i = 0; i < call.plan.splits; ++i) m = fmaxf(m, call.m[part + i]);
+#pragma unroll 8
   for (int i = 0; i < call.plan.splits; ++i) {
     const float top = call.m[part + i], weight = top == -INFINITY ? 0.0f : ptx::ex2(top - m);
     l = fmaf(call.l[part + i], weight, l);
