@@ -22,7 +22,9 @@ from jax import lax
 from sage_jax.quantization import TINY, round_e4m3
 
 E2M1_MAX = 6.0
-TENSOR_TOP = 9  # scaled tensors peak in [2^9, 2^10): a block's maximum over 4 stays below e4m3's 448
+TENSOR_TOP = (
+    9  # scaled tensors peak in [2^9, 2^10): a block's maximum over 4 stays below e4m3's 448
+)
 SIXTH, QUARTER = np.float32(1.0 / 6.0), np.float32(1.0 / 4.0)
 
 

@@ -21,7 +21,9 @@ from sage_jax import fp4_formats as fp4
 from sage_jax import masking
 from sage_jax import quantization as qz
 from sage_jax.fp4_formats import Blocks
+from sage_jax.masking import Masks
 from sage_jax.quantization import TILE
+from sage_jax.recipe import padded_head_dim
 from sage_jax.reference import (
     F32,
     LN2,
@@ -105,9 +107,7 @@ def quantize_kv(k, v, bounds, *, fmt, four_or_six, smooth_k, smooth_v) -> FP4Key
     )
 
 
-def quantize_q(
-    q, k, k_mean, k_tensor, bounds, *, fmt, four_or_six, smooth_q, scale
-) -> FP4Queries:
+def quantize_q(q, k, k_mean, k_tensor, bounds, *, fmt, four_or_six, smooth_q, scale) -> FP4Queries:
     """Quantizes queries and computes ΔS, for which K is needed once more in its own precision.
 
     Args:
@@ -119,7 +119,7 @@ def quantize_q(
     valid = _valid(bounds[:, 0], tokens)
     finite = jnp.all(jnp.isfinite(q), axis=-1)
     q = jnp.where((valid & finite)[..., None], q, 0.0)
-    shift = _ungroup(_dot("bkgth,bkh->bkgt", _group(q, kv_heads), k_mean)) * np.float32(scale)
+    shift = _ungroup(_dot("bkgth,bkh->bkgt", _group(q, kv_heads), k_mean)) * F32(scale)
     shift = jnp.where(valid & ~finite, jnp.nan, shift)
 
     blocks = _query_blocks(q)  # [B, N, T128, 128, Hp]
@@ -183,7 +183,7 @@ def _marked(blocks, bad):
 def attend(
     qq: FP4Queries,
     kv: FP4KeysValues,
-    masks: masking.Masks,
+    masks: Masks,
     *,
     fmt,
     scale,
@@ -222,7 +222,7 @@ def _scores(qq, kv, masks, fmt, scale, window_left, window_right):
         jnp.where(bad_key[..., None], 0.0, fp4.dequantize(kv.k, fmt)),
     )
     products = products + _group(_each_query(qq.delta, tokens), kv_heads)
-    row = _group(_each_query(qq.q_tensor, tokens), kv_heads) * (np.float32(scale) * LOG2E)
+    row = _group(_each_query(qq.q_tensor, tokens), kv_heads) * (F32(scale) * LOG2E)
     s = products * (row * kv.k_tensor[:, :, None, None])[..., None]
     if masks.bias.size:
         s = s + _by_head(masks.bias.astype(F32), kv_heads) * LOG2E
@@ -253,3 +253,71 @@ def _probabilities_times_values(s, m, kv, fmt):
     p = fp4.scaled(*fp4.rounded(_exp2_below(s, top[..., None]) * P_TOP, fmt), fmt)
     v = jnp.swapaxes(fp4.dequantize(kv.v, fmt), -1, -2)
     return jnp.sum(_products(p, _tiles(v, 2)) * weight[..., None], axis=4)
+
+
+# ------------------------------------------------------------------------------------------ operations
+
+LAYOUTS = {  # operands, results: see _batching.py
+    "quantize_kv_fp4": ("B.K. B.K. B.", "BK.. BK.. BK BK. BK.. BK.. BK BK."),
+    "quantize_q_fp4": ("B.N. B.K. BK. BK B.", "BN.. BN.. BN. BN.. BN."),
+    "attend_fp4": (
+        "BN.. BN.. BN. BN.. BN. BK.. BK.. BK BK.. BK.. BK BK. B. B. B. bn.. bn..",
+        "B.N. BN.",
+    ),
+}
+
+
+def operation(name, settings, *operands):
+    """An operation of `docs/nvfp4.md` on its operands, a tuple of its results.
+
+    Args:
+      settings: `_ffi.Settings`.
+    """
+    recipe = settings.recipe
+    rounding = {"fmt": recipe.qk, "four_or_six": recipe.four_or_six}
+    if name == "quantize_kv_fp4":
+        smooth = {"smooth_k": recipe.smooth_k, "smooth_v": recipe.smooth_v}
+        return tuple(jax.tree.leaves(quantize_kv(*operands, **rounding, **smooth)))
+    if name == "quantize_q_fp4":
+        queries = quantize_q(*operands, **rounding, smooth_q=recipe.smooth_q, scale=settings.scale)
+        return tuple(jax.tree.leaves(queries))
+    q4, q_scale, *queries, k4, k_scale, k_tensor, v4, v_scale, v_tensor, v_mean = operands[:-5]
+    keys_values = FP4KeysValues(
+        Blocks(k4, k_scale), k_tensor, None, Blocks(v4, v_scale), v_tensor, v_mean
+    )
+    return attend(
+        FP4Queries(Blocks(q4, q_scale), *queries),
+        keys_values,
+        Masks(*operands[-5:]),
+        fmt=recipe.qk,
+        scale=settings.scale,
+        window_left=settings.window_left,
+        window_right=settings.window_right,
+        head_dim=settings.head_dim,
+        out_dtype=settings.dtype,
+    )
+
+
+def result_types(name, operands, fmt, head_dim, dtype):
+    """Shapes and dtypes of an operation's results."""
+    padded = padded_head_dim(head_dim)
+
+    def blocks(*shape):
+        """Codes and scales of a quantized [..., L]."""
+        block, scale_dtype, scales = fp4.FORMATS[fmt]
+        rows, length = shape[:-1], shape[-1]
+        scale = (*rows, length // block * scales)
+        return ((*rows, length // 2), jnp.uint8), (scale, scale_dtype)
+
+    B, T, N = operands[0].shape[:3]
+    if name == "quantize_kv_fp4":
+        S, K = T, N
+        tensor, mean = ((B, K), F32), ((B, K, padded), F32)
+        keys, values = blocks(B, K, S, padded), blocks(B, K, padded, -(-S // TILE) * TILE)
+        return (*keys, tensor, mean, *values, tensor, mean)
+    if name == "quantize_q_fp4":
+        tiles, keys = -(-T // Q_TILE), operands[1].shape[1]
+        rows = ((B, N, tiles), F32), ((B, N, tiles, keys), F32), ((B, N, T), F32)
+        return (*blocks(B, N, T, padded), *rows)
+    B, N, T = operands[0].shape[:3]
+    return ((B, T, N, head_dim), dtype), ((B, N, T), F32)
