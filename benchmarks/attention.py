@@ -277,9 +277,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--recipes",
         nargs="+",
         type=_recipe,
-        default=list(PRESETS.values()),
+        default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: no kernels yet
         metavar="RECIPE",
-        help="name, or name:field=value,... for a variant (default: all presets)",
+        help="name, or name:field=value,... for a variant (default: all 8-bit presets)",
     )
     add("--peers", nargs="*", choices=contenders.PEERS, help="implementations to compare with")
     add("--implementation", help="sage_jax's implementation to measure (preset: cuda or cpu)")

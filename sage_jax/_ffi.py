@@ -1,4 +1,4 @@
-"""The four operations of `docs/abi.md`, on whichever backend runs them.
+"""The operations of `docs/abi.md` and `docs/nvfp4.md`, on whichever backend runs them.
 
 An operation is a function of arrays under static `Settings`. `operation(name, settings)` gives it
 with everything JAX may do to it: compiled once, `vmap` folded into the batch, split over devices,
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import _batching, _compat, _refusal, _sharding, _workspace, reference
+from sage_jax import _batching, _compat, _refusal, _sharding, _workspace, nvfp4, reference
 from sage_jax.masking import Masks, no_masks
 from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import Recipe, padded_head_dim
@@ -27,6 +27,7 @@ PLATFORMS = {
     "cpu": "cpu",
     "cuda": "CUDA",
 }  # of a native implementation: the name XLA registers it under
+FP4_NATIVE = ()  # native implementations that have kernels for the operations of docs/nvfp4.md
 
 LAYOUTS = {  # operands, results: see _batching.py
     "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK. BK.. BK."),
@@ -39,6 +40,7 @@ LAYOUTS = {  # operands, results: see _batching.py
         "BN.. BN. BK.. BK. BK. BK.. BK. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
         "B.N. B.K. B.K. BN..",
     ),
+    **nvfp4.LAYOUTS,
 }
 
 NO_BIAS_ON_CUDA = (
@@ -46,6 +48,14 @@ NO_BIAS_ON_CUDA = (
     "implementation='reference' here or "
     "jax.nn.dot_product_attention."
 )
+
+
+def no_fp4(implementation, recipe: Recipe):
+    return (
+        f"recipe {recipe.name!r} multiplies FP4 operands, for which implementation={implementation!r} "
+        "has no kernels yet in this build; use implementation='reference' (plain JAX, O(T·S) "
+        "memory), or an 8-bit recipe."
+    )
 
 
 def other_platform(implementation):
@@ -116,6 +126,10 @@ def load(implementation: str):
 
 def _result_types(name, settings: Settings, operands):
     """Shapes and dtypes of an operation's results (`docs/abi.md`)."""
+    if name in nvfp4.LAYOUTS:
+        return nvfp4.result_types(
+            name, operands, settings.recipe.qk, settings.head_dim, settings.dtype
+        )
     recipe, none = settings.recipe, (0,)
     padded = padded_head_dim(settings.head_dim)
     if name == "quantize_kv":
@@ -230,6 +244,8 @@ def _reference(name, settings: Settings, *operands):
     """The specification, with the operands and results of the custom calls."""
     recipe = settings.recipe
     window = {"window_left": settings.window_left, "window_right": settings.window_right}
+    if name in nvfp4.LAYOUTS:
+        return nvfp4.operation(name, settings, *operands)
     if name == "quantize_kv":
         return tuple(
             reference.quantize_kv(
@@ -278,7 +294,7 @@ def _reference(name, settings: Settings, *operands):
 
 def _empty(name, settings, operands):
     """Results where batch, queries or keys are missing altogether: rows that see nothing."""
-    fill = {"attend": (0, -jnp.inf, -jnp.inf, 0)}.get(name)
+    fill = {"attend": (0, -jnp.inf, -jnp.inf, 0), "attend_fp4": (0, -jnp.inf)}.get(name)
     types = _result_types(name, settings, operands)
     fills = fill or (0,) * len(types)
     return tuple(
@@ -288,8 +304,9 @@ def _empty(name, settings, operands):
 
 def _dispatch(name, settings: Settings, *operands):
     """One operation on unsharded, unbatched operands."""
-    axis = {"quantize_kv": 1, "quantize_q": 1, "attend": 2, "attend_backward": 2}[name]
-    keys = operands[{"attend": 3, "attend_backward": 2}.get(name, 0)]
+    axis = 1 if name.startswith("quantize") else 2
+    keys_at = {"attend": 3, "attend_backward": 2, "quantize_q_fp4": 1, "attend_fp4": 5}
+    keys = operands[keys_at.get(name, 0)]
     if 0 in (operands[0].shape[0], operands[0].shape[axis], keys.shape[axis]):
         results = _empty(name, settings, operands)
     else:
@@ -317,6 +334,8 @@ def _by_platform(name, settings: Settings, *operands):
     native = {kind: run(_native, kind, name, settings) for kind in PLATFORMS}
     if has_bias:
         native["cuda"] = refuse(NO_BIAS_ON_CUDA)
+    if name in nvfp4.LAYOUTS:  # asked for by name they are refused before
+        native.update({kind: specification for kind in PLATFORMS if kind not in FP4_NATIVE})
     chosen = settings.implementation
     if chosen == "reference":
         return specification(*operands)

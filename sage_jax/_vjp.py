@@ -4,6 +4,11 @@ inputs.
 Residuals are q8, k8 and V in the format of dO·Vᵀ with their scales, the means of K and V, the row values
 m and l, the output, and the masks: about 64% of the bytes that a bf16 forward pass keeps. Each array
 made here carries the checkpoint name `RESIDUALS`.
+
+An FP4 recipe has a backward pass in 8 bits. It computes the probabilities again from INT8 scores, so
+m, l and the output that it takes must be those of INT8 scores too: under differentiation the 8-bit
+forward pass runs beside the FP4 one and leaves the residuals, and the FP4 one gives the value. The
+gradients are then those of the 8-bit recipe, bit for bit, at the cotangents of the FP4 output.
 """
 
 from __future__ import annotations
@@ -53,6 +58,14 @@ def _forward(settings, q, k, v, masks):
     return qq, kv, attend_quantized(settings, qq, kv, masks)
 
 
+def attend_fp4(settings: Settings, q, k, v, masks: Masks):
+    """out [B, T, N, H] and lse [B, N, T] of an FP4 recipe."""
+    bounds = masks.bounds
+    k4, k_scale, k_tensor, k_mean, *values = operation("quantize_kv_fp4", settings)(k, v, bounds)
+    queries = operation("quantize_q_fp4", settings)(q, k, k_mean, k_tensor, bounds)
+    return operation("attend_fp4", settings)(*queries, k4, k_scale, k_tensor, *values, *masks)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(settings: Settings, q, k, v, masks: Masks):
     """out [B, T, N, H] in settings.dtype and lse float32 [B, N, T] of q [B, T, N, H] and
@@ -60,24 +73,33 @@ def attention(settings: Settings, q, k, v, masks: Masks):
 
     Masks that were not given are None here.
     """
+    if settings.recipe.fp4:
+        return attend_fp4(settings, q, k, v, masks)
     out, lse, _, _ = _forward(settings, q, k, v, masks)[2]
     return out, lse
 
 
 def _attention_fwd(settings, q, k, v, masks):
     check_differentiable(settings.recipe)
-    settings = dataclasses.replace(settings, for_backward=True)
-    qq, kv, (out, lse, m, l) = _forward(settings, q, k, v, masks)
+    qq, kv, (out, lse, m, l) = _forward(_for_backward(settings), q, k, v, masks)
     values = kv.v_dp, kv.v_dp_scale, kv.v_mean
     kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, *values, m, l, out
     kept = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), kept)
+    if settings.recipe.fp4:
+        out, lse = attend_fp4(settings, q, k, v, masks)
+        return (checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)), (kept, masks)
     return (kept[-1], checkpoint_name(lse, RESIDUALS)), (kept, masks)
+
+
+def _for_backward(settings):
+    """The settings of the 8-bit operations under differentiation."""
+    return dataclasses.replace(settings, recipe=settings.recipe.eight_bit, for_backward=True)
 
 
 def _attention_bwd(settings, residuals, cotangents):
     kept, masks = residuals
     dout, dlse = cotangents
-    settings = dataclasses.replace(settings, for_backward=True)
+    settings = _for_backward(settings)
     dq, dk, dv, dlogits = operation("attend_backward", settings)(*kept, dout, dlse, *masks)
     dbias = None
     if masks.bias is not None:

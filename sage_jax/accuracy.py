@@ -97,11 +97,18 @@ def compare(
     }
     call = {**options, "implementation": implementation}
     support.plan(query, key, value, **call, **arrays)  # raises what a bad call raises
+    labelled, skipped = _labelled(recipes), {}
+    if recipes is None:
+        answers = {
+            label: support.supports(query, key, value, recipe=recipe, **call, **arrays)
+            for label, recipe in labelled.items()
+        }
+        skipped = {label: reason for label, reason in answers.items() if reason}
     runs = {
         label: _runner(recipe, gradients and recipe.backward is not None, call)
-        for label, recipe in _labelled(recipes).items()
+        for label, recipe in labelled.items()
+        if label not in skipped
     }
-    skipped: dict[str, str] = {}
     sums: dict[str, dict[str, dict[tuple[int, int], np.ndarray]]] = {label: {} for label in runs}
     for place, operands, own_arrays in _parts((query, key, value, dout), arrays):
         truth = _exact_part(operands, own_arrays, options, gradients)

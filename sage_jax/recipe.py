@@ -12,6 +12,7 @@ import dataclasses
 PV_CODES = {"e4m3": 0, "f16": 1, "bf16": 2, "int8": 3}
 DP_CODES = {None: 0, "int8": 1, "bf16": 2}
 BACKWARD_CODES = {"train8": 0, "sagebwd": 1}
+FP4_FORMATS = ("nvfp4", "mxfp4", "amxfp4")  # docs/nvfp4.md; the last two for accuracy reports
 MAX_HEAD_DIM = 256
 
 
@@ -22,21 +23,26 @@ class Recipe:
     Attributes:
       name: for printing and for error messages.
       q_block: query tokens that share one INT8 scale: 1 (per token), 64 or 128. Keys always share one per 64 tokens.
-      pv: format of the product P·V: "e4m3" (FP8, V scaled per channel), "f16", "bf16" or "int8" (P per token and tile of
-        64 keys, V per 64 tokens: SageBwd, arXiv 2505.11594, section 4).
+      pv: format of the product P·V: "e4m3" (FP8, V scaled per channel), "f16", "bf16", "int8" (P per token and tile of
+        64 keys, V per 64 tokens: SageBwd, arXiv 2505.11594, section 4), or that of `qk` where it is an FP4 format.
       pv_accumulator: "f32", or "f16": e4m3 products collected in half precision over 64 keys, with V's range narrowed so
         that nothing overflows (SageAttention2++, arXiv 2505.21136).
       smooth_k: subtract the mean of K over tokens before quantization (SageAttention, arXiv 2410.02367, section 4.2).
-      smooth_v: subtract the mean of V over tokens, channel by channel, wherever V becomes 8 bits. In P·V with e4m3 the
+      smooth_v: subtract the mean of V over tokens, channel by channel, wherever V becomes 8 bits or fewer. In P·V with e4m3 the
         output gets it back (SageAttention2, arXiv 2411.10958, on the FP22 accumulator): the matrix unit's truncated sums and
         e4m3's rounding then err relative to V's deviations, not to V's mean. In train8's dO·Vᵀ, D loses it as well: dS is
-        left with what tokens differ in, instead of a small difference of large products. On for pv="e4m3" and for
-        backward="train8" unless set to False.
+        left with what tokens differ in, instead of a small difference of large products. On for pv="e4m3", for
+        backward="train8" and for FP4 (as with e4m3) unless set to False or `published`.
       backward: gradient algorithm: None (inference only: differentiating raises), "train8" (all products in 8 bits with
         scales known before the loop) or "sagebwd" (arXiv 2505.11594, section 4: INT8 per 64×64 tile).
       dp: format of dO·Vᵀ in the backward pass: "int8" or "bf16" (the papers' 16-bit product).
       delta: row correction D of the softmax gradient: "output" (dO·O) or "exact" (recomputed from the backward pass's own
         probabilities; one more light kernel, fewer errors on sharp heads).
+      qk: format of the product Q·Kᵀ: "int8", or FP4 for both products: "nvfp4" (SageAttention3, arXiv 2505.11594, section 3),
+        "mxfp4" or "amxfp4". A backward pass is then that of `eight_bit`.
+      smooth_q: FP4 only: subtract each 128 queries' mean, and add its product with K to the scores (section 3.2 there).
+      four_or_six: "nvfp4" only: scale blocks of Q, K and V to a maximum of 4 or 6, whichever errs less.
+      published: FP4 only: the algorithm of the paper, without our additions (smooth_v, four_or_six).
     """
 
     name: str
@@ -48,6 +54,10 @@ class Recipe:
     backward: str | None = None
     dp: str = "int8"
     delta: str = "output"
+    qk: str = "int8"
+    smooth_q: bool = False
+    four_or_six: bool = False
+    published: bool = False
 
     def __post_init__(self):
         def check(field, allowed):
@@ -59,19 +69,21 @@ class Recipe:
                 )
 
         check("q_block", (1, 64, 128))
-        check("pv", tuple(PV_CODES))
+        check("qk", ("int8", *FP4_FORMATS))
+        check("pv", (*PV_CODES, *FP4_FORMATS))
         check("pv_accumulator", ("f32", "f16"))
         check("backward", (None, *BACKWARD_CODES))
         check("dp", ("int8", "bf16"))
         check("delta", ("output", "exact"))
+        if self.smooth_v is None:
+            object.__setattr__(self, "smooth_v", self._smooths_values)
+        self._check_fp4()
         if self.pv_accumulator == "f16" and self.pv != "e4m3":
             raise ValueError(
                 f"Recipe {self.name!r}: pv_accumulator='f16' goes with pv='e4m3' only, but pv={self.pv!r}; "
                 "use pv_accumulator='f32'."
             )
-        if self.smooth_v is None:
-            object.__setattr__(self, "smooth_v", self._has_8_bit_values)
-        if self.smooth_v and not self._has_8_bit_values:
+        if self.smooth_v and not self.fp4 and not self._smooths_values:
             raise ValueError(
                 f"Recipe {self.name!r}: smooth_v=True goes with pv='e4m3' or backward='train8', but pv={self.pv!r} and "
                 f"backward={self.backward!r}; use smooth_v=False."
@@ -82,9 +94,34 @@ class Recipe:
                 f"dp='bf16', but q_block={self.q_block} and dp={self.dp!r}; change them or use backward='train8'."
             )
 
+    def _check_fp4(self):
+        """Raises ValueError for FP4 fields that do not go together."""
+        if self.pv != self.qk and (self.fp4 or self.pv in FP4_FORMATS):
+            raise ValueError(
+                f"Recipe {self.name!r}: both products have one FP4 format or neither, but qk={self.qk!r} and "
+                f"pv={self.pv!r}; change one of them."
+            )
+        for field in ("smooth_q", "published"):
+            if getattr(self, field) and not self.fp4:
+                raise ValueError(
+                    f"Recipe {self.name!r}: {field}=True is for FP4 recipes, but qk={self.qk!r}; start from the preset "
+                    "'sage3' or leave it out."
+                )
+        if self.four_or_six and self.qk != "nvfp4":
+            raise ValueError(
+                f"Recipe {self.name!r}: four_or_six=True goes with qk='nvfp4' only, but qk={self.qk!r}; leave it out."
+            )
+        if self.published and (self.smooth_v or self.four_or_six or self.qk != "nvfp4"):
+            raise ValueError(
+                f"Recipe {self.name!r}: published=True is NVFP4 without smooth_v and four_or_six, but qk={self.qk!r}, "
+                f"smooth_v={self.smooth_v} and four_or_six={self.four_or_six}; drop published or those."
+            )
+
     def replace(self, **changes) -> Recipe:
-        """A copy with some fields changed; the name gains the changes unless a new one is given. Where
-        `smooth_v` is what it would be by default, it becomes the default of the changed recipe."""
+        """A copy with some fields changed; the name gains the changes unless a new one is given. Where `smooth_v` is what
+        it would be by default, it becomes the default of the changed recipe. published=True also switches off what the
+        paper does not have.
+        """
         unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
         if unknown:
             fields = ", ".join(f.name for f in dataclasses.fields(self))
@@ -94,13 +131,31 @@ class Recipe:
         if "name" not in changes and changes:
             suffix = ",".join(f"{k}={v}" for k, v in changes.items())
             changes["name"] = f"{self.name}[{suffix}]"
-        if self.smooth_v == self._has_8_bit_values:
+        if changes.get("published"):
+            changes = {"smooth_v": False, "four_or_six": False} | changes
+        elif self.smooth_v == self._smooths_values:
             changes.setdefault("smooth_v", None)
         return dataclasses.replace(self, **changes)
 
     @property
-    def _has_8_bit_values(self) -> bool:
+    def _smooths_values(self) -> bool:
+        """The default of `smooth_v`: wherever V becomes 8 or 4 bits, but for what others have published."""
+        if self.fp4:
+            return not self.published
         return self.pv == "e4m3" or self.backward == "train8"
+
+    @property
+    def fp4(self) -> bool:
+        """Whether the forward pass multiplies FP4 operands."""
+        return self.qk in FP4_FORMATS
+
+    @property
+    def eight_bit(self) -> Recipe:
+        """The recipe whose operations differentiate this one: itself, or for FP4 the 8-bit one with the same backward pass."""
+        if not self.fp4:
+            return self
+        fields = ("name", "q_block", "smooth_k", "backward", "dp", "delta")
+        return Recipe(**{field: getattr(self, field) for field in fields})
 
     @property
     def f16_accumulate(self) -> bool:
@@ -135,6 +190,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("sage1", q_block=128, pv="f16"),
         Recipe("sage2"),
         Recipe("sage2pp", pv_accumulator="f16"),
+        Recipe("sage3", qk="nvfp4", pv="nvfp4", smooth_q=True, four_or_six=True),
         Recipe("sagebwd", q_block=64, pv="int8", backward="sagebwd", dp="bf16"),
         Recipe("train8", backward="train8"),
     )

@@ -113,6 +113,8 @@ def plan(
     left, right = _window(local_window_size, is_causal)
     scale, fold_scale = _scale(scale, H)
     chosen = recipes.resolve(recipe)
+    if chosen and chosen.fp4 and implementation in set(_ffi.PLATFORMS) - set(_ffi.FP4_NATIVE):
+        raise ValueError(_ffi.no_fp4(implementation, chosen))
     _check_implementation(implementation, bias is not None, platform or jax.default_backend())
     settings = _ffi.Settings(
         recipe=chosen or recipes.DEFAULT_TRAINING,
@@ -376,12 +378,14 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
         backend, reason = "reference", f"the native {platform} module was not built"
     else:
         backend, reason = platform, f"the platform is {platform}"
-    names = ("quantize_kv", "quantize_q", "attend")
     trains = settings.recipe.backward is not None
-    if backend == "reference":
-        kernels = names + ("attend_backward",) * trains
-    else:
-        kernels = tuple(f"sage_jax_{n}" for n in names + ("attend_backward",) * trains)
+    names = ("quantize_kv", "quantize_q", "attend")
+    kernels = _operations(backend, names + ("attend_backward",) * trains)
+    if planned.recipe.fp4:
+        eight_bit = kernels if trains else ()
+        if backend not in ("reference", *_ffi.FP4_NATIVE):
+            backend, reason = "reference", f"no FP4 kernels for {platform} yet in this build"
+        kernels = _operations(backend, tuple(f"{name}_fp4" for name in names)) + eight_bit
     return Explanation(
         platform,
         backend,
@@ -392,6 +396,11 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
         (settings.head_dim, recipes.padded_head_dim(settings.head_dim)),
         _built_architectures() if backend == "cuda" else (),
     )
+
+
+def _operations(backend, names):
+    """The operations' names where they run: those of native code are those of its custom calls."""
+    return names if backend == "reference" else tuple(f"sage_jax_{name}" for name in names)
 
 
 def _built_architectures():

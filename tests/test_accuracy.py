@@ -139,6 +139,15 @@ def test_a_preset_without_a_kernel_is_left_out_unless_it_was_named(monkeypatch):
         accuracy.compare(q, k, v, recipes=["train8"])
 
 
+def test_presets_that_an_implementation_lacks_are_left_out():
+    """Such as FP4 where it has no kernels: the report says so in the words of `supports`."""
+    q, k, v, _ = inputs()
+    report = accuracy.compare(q, k, v, gradients=False, implementation="cpu")
+    missing = sage_jax.supports(q, k, v, recipe="sage3", implementation="cpu")
+    assert report.skipped.get("sage3") == missing and "sage2" in report.errors
+    assert ("sage3" in report.errors) == (missing is None)
+
+
 def test_unbatched_inputs_and_no_heads_kept():
     q, k, v, _ = (x[0] for x in inputs())
     report = accuracy.compare(q, k, v, recipes="sage2", gradients=False, per_head=False)

@@ -242,7 +242,8 @@ def test_gradients_of_scale_bias_and_lse():
 @pytest.mark.parametrize("recipe", [None, *sage_jax.recipes])
 def test_recipes(recipe):
     x = inputs()
-    assert relative_l2(attend(*x, recipe=recipe), exact(*x)) < BOUND
+    bound = 0.2 if recipe == "sage3" else BOUND
+    assert relative_l2(attend(*x, recipe=recipe), exact(*x)) < bound
 
 
 def test_default_is_sage2_forward_and_train8_backward():

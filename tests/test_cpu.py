@@ -119,7 +119,7 @@ def attend_backward(
 
 
 RECIPES = (
-    *PRESETS.values(),
+    *(recipe for recipe in PRESETS.values() if not recipe.fp4),
     PRESETS["sage2"].replace(name="bf16_values", pv="bf16", smooth_k=False),
     PRESETS["sage2"].replace(name="unsmoothed_values", smooth_v=False),
     PRESETS["train8"].replace(name="train8_exact", dp="bf16", delta="exact"),

@@ -20,7 +20,8 @@ from sage_jax.masking import no_masks
 from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import PRESETS
 
-RECIPES = {**PRESETS, "bf16": PRESETS["sage2"].replace(pv="bf16", name="bf16")}
+EIGHT_BIT = {name: recipe for name, recipe in PRESETS.items() if not recipe.fp4}
+RECIPES = {**EIGHT_BIT, "bf16": PRESETS["sage2"].replace(pv="bf16", name="bf16")}
 ARCHITECTURES = {"e4m3": (80, 89, 90), "f16": (80,), "bf16": (80,), "int8": (80,)}
 BY_NAME = {case.name: case for case in CASES}
 # float32 sums in another order, and an ex2 that may move a probability across a rounding boundary:

@@ -8,7 +8,7 @@ from sage_jax.recipe import PRESETS, Recipe, padded_head_dim, resolve
 
 
 def test_presets_are_hashable_printable_and_found_by_name():
-    assert set(PRESETS) >= {"sage1", "sage2", "sage2pp", "sagebwd", "train8"}
+    assert set(PRESETS) >= {"sage1", "sage2", "sage2pp", "sage3", "sagebwd", "train8"}
     for name, recipe in PRESETS.items():
         assert resolve(name) is recipe and hash(recipe) == hash(recipe.replace(name=name))
         assert name in repr(recipe)
@@ -31,6 +31,10 @@ def test_recipes_are_frozen_and_replace_names_the_change():
         (dict(pv="bf16", pv_accumulator="f16"), "goes with pv='e4m3' only"),
         (dict(pv="bf16", smooth_v=True), "smooth_v=True goes with pv='e4m3' or backward='train8', but pv='bf16'"),
         (dict(colour="red"), "no field 'colour'"),
+        (dict(qk="nvfp4"), "both products have one FP4 format or neither, but qk='nvfp4' and pv='e4m3'"),
+        (dict(smooth_q=True), "smooth_q=True is for FP4 recipes"),
+        (dict(published=True), "published=True is for FP4 recipes"),
+        (dict(four_or_six=True), "goes with qk='nvfp4' only, but qk='int8'"),
     ],
 )
 def test_impossible_recipes_say_what_is_possible(changes, words):
@@ -40,7 +44,7 @@ def test_impossible_recipes_say_what_is_possible(changes, words):
 
 def test_values_are_smoothed_where_they_become_8_bits():
     for recipe in PRESETS.values():
-        assert recipe.smooth_v is (recipe.pv == "e4m3" or recipe.backward == "train8")
+        assert recipe.smooth_v is (recipe.pv in ("e4m3", "nvfp4") or recipe.backward == "train8")
     assert PRESETS["train8"].replace(pv="bf16").smooth_v is True
     sage2 = PRESETS["sage2"]
     bf16 = sage2.replace(pv="bf16")
@@ -48,6 +52,23 @@ def test_values_are_smoothed_where_they_become_8_bits():
     assert bf16.replace(pv="e4m3").smooth_v is True
     assert bf16.replace(backward="train8").smooth_v is True
     assert sage2.replace(smooth_v=False).replace(backward="train8").smooth_v is False
+
+
+def test_published_sage3_is_the_paper_s():
+    ours = PRESETS["sage3"]
+    published = ours.replace(published=True)
+    assert published.name == "sage3[published=True]" and published.published
+    assert (ours.smooth_v, ours.four_or_six) == (True, True)
+    assert (published.smooth_v, published.four_or_six, published.smooth_q) == (False, False, True)
+    for contradiction in (dict(smooth_v=True), dict(four_or_six=True)):
+        with pytest.raises(ValueError, match="published=True is NVFP4 without smooth_v and four"):
+            ours.replace(published=True, **contradiction)
+
+
+def test_fp4_recipes_are_differentiated_in_8_bits():
+    recipe = PRESETS["sage3"].replace(backward="train8", delta="exact", name="mine")
+    assert recipe.eight_bit == PRESETS["train8"].replace(delta="exact", name="mine")
+    assert PRESETS["sage2"].eight_bit is PRESETS["sage2"]
 
 
 def test_unknown_names_and_types():

@@ -33,11 +33,17 @@ def spliced(text: str) -> str:
 
 def _recipes():
     rows = [_recipe_row(recipe) for recipe in sage_jax.recipes.values()]
-    return ("recipe", "Q·Kᵀ", "P·V", "gradient", "used when none is named"), rows
+    return ("recipe", "Q·Kᵀ", "P·V", "gradient", "used when none is named", "runs on"), rows
 
 
 def _recipe_row(recipe: Recipe):
     query = "token" if recipe.q_block == 1 else f"{recipe.q_block} tokens"
+    scores = recipe.qk if recipe.fp4 else f"{recipe.qk}, Q per {query}"
+    where = [
+        name
+        for name in IMPLEMENTATIONS
+        if _answer([(_operands(), {"recipe": recipe})], name) == "yes"
+    ]
     product = recipe.pv + (", f16 accumulators" if recipe.f16_accumulate else "")
     gradient = f"{recipe.backward}, dO·Vᵀ in {recipe.dp}" if recipe.backward else "raises"
     explained = sage_jax.explain(*_operands(), platform="cpu")
@@ -49,7 +55,7 @@ def _recipe_row(recipe: Recipe):
         )
         if chosen == recipe
     ]
-    return f"`{recipe.name}`", f"int8, Q per {query}", product, gradient, ", ".join(default)
+    return f"`{recipe.name}`", scores, product, gradient, ", ".join(default), ", ".join(where)
 
 
 def _features():
