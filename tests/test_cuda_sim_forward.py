@@ -228,7 +228,7 @@ DECODING = (
 @pytest.mark.parametrize("case", DECODING, ids=str)
 def test_keys_split_among_blocks(case, name):
     """Few queries, many keys. Probabilities are rounded relative to other maxima than the specification's: for e4m3 that
-    draws their rounding error, .026 of each, anew. Everything else, and bf16, must agree as usual.
+    draws their rounding error, .026 rms, anew: sqrt(2) times that is between two draws. Everything else, and bf16, must agree as usual.
     """
     recipe = RECIPES[name]
     q, k, v, _, _, masks = make_inputs(case)
@@ -249,7 +249,7 @@ def test_keys_split_among_blocks(case, name):
     assert poisoned.any() and not poisoned.all()
     for name_, a, e, bound in zip(
         ("out", "lse", "l"), (out, lse, l), (expected[0], expected[1], expected[3]),
-        (0.03 if recipe.pv == "e4m3" else 5e-3, 1e-5, 1e-5),
+        (0.04 if recipe.pv == "e4m3" else 5e-3, 1e-5, 1e-5),
     ):  # fmt: skip
         special = ~np.isfinite(e)
         assert (np.isnan(a) == np.isnan(e)).all() and (np.isinf(a) == np.isinf(e)).all(), name_

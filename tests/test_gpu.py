@@ -386,7 +386,9 @@ def test_long_sequences(queries, keys):
     ids=str,
 )  # fmt: skip
 def test_few_queries_split_the_keys(case, recipe):
-    """Probabilities are rounded relative to other maxima than the specification's: for e4m3 that draws their error anew."""
+    """Probabilities are rounded relative to other maxima than the specification's. For e4m3 that draws their rounding
+    error, .026 rms, anew: sqrt(2) times that is between two draws.
+    """
     with host():
         inputs = make_inputs(case)
     qq, kv, expected = forward_on_host(case, recipe, inputs, implementation="cpu")
@@ -394,7 +396,7 @@ def test_few_queries_split_the_keys(case, recipe):
     again = on_gpu("attend", case, recipe, *attend_operands(qq, kv, inputs[-1]))
     for name, actual, repeated, wanted in zip(("out", "lse", "m", "l"), rows, again, expected):
         assert_same_bits(repeated, actual, f"{name}, repeated")
-        rough = 0.03 if name == "out" and recipe.pv == "e4m3" else 5e-3 if name == "out" else 1e-5
+        rough = 0.04 if name == "out" and recipe.pv == "e4m3" else 5e-3 if name == "out" else 1e-5
         assert_agree(actual, wanted, rough, name)
 
 
