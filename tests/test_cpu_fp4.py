@@ -12,7 +12,7 @@ from metrics import assert_same_bits, relative_l2
 import sage_jax
 from sage_jax import _native_cpu, nvfp4
 from sage_jax._ffi import Settings, operation
-from sage_jax.recipe import PRESETS
+from sage_jax.recipe import PRESETS, Recipe
 
 SAGE3 = PRESETS["sage3"]
 BARE = SAGE3.replace(name="bare", smooth_q=False, smooth_k=False, smooth_v=False, four_or_six=False)
@@ -120,14 +120,25 @@ def test_magnitudes(magnitude):
             assert_same_bits(x, y)
 
 
-def test_the_public_function_takes_the_kernels_and_gradients_follow():
+def test_the_public_function_takes_the_kernels():
     q, k, v, _ = problem(Case("public", T=130, S=150, N=4, K=2))
     explained = sage_jax.explain(q, k, v, recipe="sage3", implementation="cpu")
     assert explained.kernels == tuple(f"sage_jax_{name}" for name in nvfp4.LAYOUTS)
     attend = functools.partial(sage_jax.dot_product_attention, is_causal=True)
     out = attend(q, k, v, recipe="sage3", implementation="cpu")
     assert relative_l2(out, attend(q, k, v, recipe="sage3", implementation="reference")) < 4e-3
-    trainable = SAGE3.replace(backward="train8")
-    loss = lambda recipe: lambda q: attend(q, k, v, recipe=recipe, implementation="cpu").sum()  # noqa: E731
-    ours, of_train8 = (jax.grad(loss(recipe))(q) for recipe in (trainable, "train8"))
-    assert_same_bits(ours, of_train8)
+
+
+@pytest.mark.parametrize(
+    "backward", [{"backward": "train8"}, {"backward": "sagebwd", "q_block": 64, "dp": "bf16"}]
+)
+def test_gradients_are_those_of_the_8_bit_recipe(backward):
+    q, k, v, _ = problem(Case("public", T=130, S=150, N=4, K=2))
+    attend = functools.partial(sage_jax.dot_product_attention, is_causal=True, implementation="cpu")
+    loss = lambda q, k, v, recipe: attend(q, k, v, recipe=recipe).sum()  # noqa: E731
+    gradients = (
+        jax.grad(loss, (0, 1, 2))(q, k, v, recipe)
+        for recipe in (SAGE3.replace(**backward), Recipe("8 bits", **backward))
+    )
+    for ours, of_8_bits in zip(*gradients, strict=True):
+        assert_same_bits(ours, of_8_bits)
