@@ -277,7 +277,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--recipes",
         nargs="+",
         type=_recipe,
-        default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: no kernels yet
+        default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: none on CUDA
         metavar="RECIPE",
         help="name, or name:field=value,... for a variant (default: all 8-bit presets)",
     )

@@ -50,6 +50,7 @@ class Buffers {
 };
 
 constexpr ffi::DataType kS8 = ffi::DataType::S8, kS32 = ffi::DataType::S32;
+constexpr ffi::DataType kU8 = ffi::DataType::U8;
 constexpr ffi::DataType kF32 = ffi::DataType::F32, kF16 = ffi::DataType::F16;
 constexpr ffi::DataType kBF16 = ffi::DataType::BF16, kPred = ffi::DataType::PRED;
 constexpr ffi::DataType kE4M3 = ffi::DataType::F8E4M3FN;

@@ -11,7 +11,12 @@ namespace sage {
   void quantize_q(const QuantizeQ&, Pool&);                                              \
   void attend(const Attend&, Pool&);                                                     \
   void attend_backward(const AttendBackward&, Pool&);                                    \
-  constexpr Kernels kKernels = {#isa, quantize_kv, quantize_q, attend, attend_backward}; \
+  void quantize_kv_fp4(const QuantizeKvFp4&, Pool&);                                     \
+  void quantize_q_fp4(const QuantizeQFp4&, Pool&);                                       \
+  void attend_fp4(const AttendFp4&, Pool&);                                              \
+  constexpr Kernels kKernels = {#isa,            quantize_kv,    quantize_q, attend,     \
+                                attend_backward, quantize_kv_fp4, quantize_q_fp4,        \
+                                attend_fp4};                                             \
   }
 
 SAGE_DECLARE_KERNELS(generic)

@@ -1,4 +1,4 @@
-// The four operations of docs/abi.md as XLA FFI handlers for platform "cpu": read and check the
+// The operations of docs/abi.md and docs/nvfp4.md as XLA FFI handlers for platform "cpu": read and check the
 // buffers, fill a parameter struct, call the kernel. No FFI type goes further than this file.
 #include "handlers.h"
 
@@ -216,7 +216,112 @@ ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
   return run(io, kernels().attend_backward, p, pool);
 }
 
-// What all four bindings begin with.
+// Codes and scales of a quantized [..., last] as results.
+WritableBlocks blocks_result(Buffers& io, const std::string& name, Dims dims) {
+  int64_t last = dims.back();
+  dims.back() = last / 2;
+  WritableBlocks blocks = {};
+  blocks.codes = data<uint8_t>(io.result((name + "4").c_str(), {kU8}, dims));
+  dims.back() = last / kFp4Block;
+  blocks.scale = data<uint8_t>(io.result((name + "_scale").c_str(), {kE4M3}, dims));
+  return blocks;
+}
+
+// The same as operands.
+Blocks blocks_operand(Buffers& io, const std::string& name, Dims dims) {
+  int64_t last = dims.back();
+  dims.back() = last / 2;
+  Blocks blocks = {};
+  blocks.codes = data<uint8_t>(io.operand((name + "4").c_str(), {kU8}, dims));
+  dims.back() = last / kFp4Block;
+  blocks.scale = data<uint8_t>(io.operand((name + "_scale").c_str(), {kE4M3}, dims));
+  return blocks;
+}
+
+ffi::Error quantize_kv_fp4(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                           int32_t four_or_six, int32_t smooth_k, int32_t smooth_v) {
+  Buffers io("sage_jax_quantize_kv_fp4", args, rets, 3, 8);
+  auto k = io.operand("k", {kF32, kF16, kBF16}, kRank4);
+  auto d = k.dimensions();
+  Shape s = {d[0], 0, d[1], 0, d[2], d[3], padded_head_dim(io, d[3])};
+  auto v = io.operand("v", {kF32, kF16, kBF16}, {s.B, s.S, s.K, s.H});
+  auto bounds = io.operand("bounds", {kS32}, {s.B, 3});
+  QuantizeKvFp4 p = {s, array(k), array(v), data<int32_t>(bounds)};
+  p.four_or_six = four_or_six != 0;
+  p.smooth_k = smooth_k != 0;
+  p.smooth_v = smooth_v != 0;
+  Dims heads = {s.B, s.K}, channels = {s.B, s.K, s.Hp};
+  p.k4 = blocks_result(io, "k", {s.B, s.K, s.S, s.Hp});
+  p.k_tensor = data<float>(io.result("k_tensor", {kF32}, heads));
+  p.k_mean = data<float>(io.result("k_mean", {kF32}, channels));
+  p.v4 = blocks_result(io, "v", {s.B, s.K, s.Hp, s.Sp()});
+  p.v_tensor = data<float>(io.result("v_tensor", {kF32}, heads));
+  p.v_mean = data<float>(io.result("v_mean", {kF32}, channels));
+  return run(io, kernels().quantize_kv_fp4, p, pool);
+}
+
+ffi::Error quantize_q_fp4(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          int32_t four_or_six, int32_t smooth_q, float scale) {
+  Buffers io("sage_jax_quantize_q_fp4", args, rets, 5, 5);
+  auto q = io.operand("q", {kF32, kF16, kBF16}, kRank4);
+  auto d = q.dimensions();
+  auto k = io.operand("k", {kF32, kF16, kBF16}, {d[0], kAnySize, kAnySize, d[3]});
+  auto keys = k.dimensions();
+  Shape s = {d[0], d[1], keys[1], d[2], keys[2], d[3], padded_head_dim(io, d[3])};
+  if (!io.failed()) require_grouped(io, s);
+  QuantizeQFp4 p = {s, array(q), array(k)};
+  p.k_mean = data<float>(io.operand("k_mean", {kF32}, {s.B, s.K, s.Hp}));
+  p.k_tensor = data<float>(io.operand("k_tensor", {kF32}, {s.B, s.K}));
+  p.bounds = data<int32_t>(io.operand("bounds", {kS32}, {s.B, 3}));
+  p.four_or_six = four_or_six != 0;
+  p.smooth_q = smooth_q != 0;
+  p.scale = scale;
+  p.q4 = blocks_result(io, "q", {s.B, s.N, s.T, s.Hp});
+  p.q_tensor = data<float>(io.result("q_tensor", {kF32}, {s.B, s.N, s.T128()}));
+  p.delta = data<float>(io.result("delta", {kF32}, {s.B, s.N, s.T128(), s.S}));
+  p.lse_shift = data<float>(io.result("lse_shift", {kF32}, {s.B, s.N, s.T}));
+  return run(io, kernels().quantize_q_fp4, p, pool);
+}
+
+ffi::Error attend_fp4(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                      float scale, int64_t window_left, int64_t window_right) {
+  Buffers io("sage_jax_attend_fp4", args, rets, 17, 2);
+  AttendFp4 p = {};
+  auto q4 = io.operand("q4", {kU8}, kRank4);
+  auto d = q4.dimensions();
+  Dims rows = {d[0], d[1], d[2]};
+  int64_t Hp = d[3] * 2, tiles = (d[2] + kFp4Queries - 1) / kFp4Queries;
+  p.q4.codes = data<uint8_t>(q4);
+  p.q4.scale =
+      data<uint8_t>(io.operand("q_scale", {kE4M3}, {d[0], d[1], d[2], Hp / kFp4Block}));
+  p.q_tensor = data<float>(io.operand("q_tensor", {kF32}, {d[0], d[1], tiles}));
+  auto delta = io.operand("delta", {kF32}, {d[0], d[1], tiles, kAnySize});
+  p.delta = data<float>(delta);
+  p.lse_shift = data<float>(io.operand("lse_shift", {kF32}, rows));
+  int64_t S = delta.dimensions()[3];
+  auto k4 = io.operand("k4", {kU8}, {d[0], kAnySize, S, d[3]});
+  Shape s = {d[0], d[2], S, d[1], k4.dimensions()[1], 0, Hp};
+  if (!io.failed()) require_grouped(io, s);
+  p.k4.codes = data<uint8_t>(k4);
+  p.k4.scale = data<uint8_t>(io.operand("k_scale", {kE4M3}, {s.B, s.K, S, Hp / kFp4Block}));
+  p.k_tensor = data<float>(io.operand("k_tensor", {kF32}, {s.B, s.K}));
+  p.v4 = blocks_operand(io, "v", {s.B, s.K, Hp, s.Sp()});
+  p.v_tensor = data<float>(io.operand("v_tensor", {kF32}, {s.B, s.K}));
+  p.v_mean = data<float>(io.operand("v_mean", {kF32}, {s.B, s.K, Hp}));
+  p.masks = read_masks(io, s, window_left, window_right);
+  auto out = io.result("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
+  s.H = out.dimensions()[3];
+  io.require(
+      io.failed() || padded_head_dim(io, s.H) == s.Hp,
+      "`out` has " + std::to_string(s.H) + " channels, which is not what `q4` was padded from.");
+  p.lse = data<float>(io.result("lse", {kF32}, rows));
+  p.shape = s;
+  p.out = writable(out);
+  p.scale = scale;
+  return run(io, kernels().attend_fp4, p, pool);
+}
+
+// What all bindings begin with.
 auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(); }
 
 }  // namespace
@@ -260,6 +365,36 @@ XLA_FFI_Error* attend_backward_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<int64_t>("window_left")
                              .Attr<int64_t>("window_right")
                              .To(attend_backward)
+                             .release();
+  return handler->Call(frame);
+}
+
+XLA_FFI_Error* quantize_kv_fp4_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<int32_t>("four_or_six")
+                             .Attr<int32_t>("smooth_k")
+                             .Attr<int32_t>("smooth_v")
+                             .To(quantize_kv_fp4)
+                             .release();
+  return handler->Call(frame);
+}
+
+XLA_FFI_Error* quantize_q_fp4_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<int32_t>("four_or_six")
+                             .Attr<int32_t>("smooth_q")
+                             .Attr<float>("scale")
+                             .To(quantize_q_fp4)
+                             .release();
+  return handler->Call(frame);
+}
+
+XLA_FFI_Error* attend_fp4_handler(XLA_FFI_CallFrame* frame) {
+  static auto* handler = bind()
+                             .Attr<float>("scale")
+                             .Attr<int64_t>("window_left")
+                             .Attr<int64_t>("window_right")
+                             .To(attend_fp4)
                              .release();
   return handler->Call(frame);
 }

@@ -20,6 +20,9 @@ NB_MODULE(_native_cpu, module) {
         add("sage_jax_quantize_q", sage::quantize_q_handler);
         add("sage_jax_attend", sage::attend_handler);
         add("sage_jax_attend_backward", sage::attend_backward_handler);
+        add("sage_jax_quantize_kv_fp4", sage::quantize_kv_fp4_handler);
+        add("sage_jax_quantize_q_fp4", sage::quantize_q_fp4_handler);
+        add("sage_jax_attend_fp4", sage::attend_fp4_handler);
         return handlers;
       },
       "Target name -> capsule, for jax.ffi.register_ffi_target(..., platform=\"cpu\").");

@@ -32,6 +32,7 @@ struct Shape {
   int64_t G() const { return N / K; }
   int64_t S64() const { return (S + kTile - 1) / kTile; }
   int64_t Sp() const { return S64() * kTile; }
+  int64_t T128() const { return (T + 127) / 128; }
 };
 
 struct Broadcast4 {  // element strides over [B, N, T, S]; 0 along a broadcast axis
@@ -95,6 +96,47 @@ struct Attend {
   float *lse, *m, *l;
 };
 
+// Operands of FP4 recipes (docs/nvfp4.md). A Blocks is an array of e2m1 codes, two a byte, with an
+// e4m3 scale for each 16 of them.
+struct Blocks {
+  const uint8_t *codes, *scale;
+};
+struct WritableBlocks {
+  uint8_t *codes, *scale;
+};
+constexpr int64_t kFp4Block = 16;
+constexpr int64_t kFp4Queries = 128;  // that share a mean and a tensor scale
+
+struct QuantizeKvFp4 {
+  Shape shape;  // T and N unused
+  Array k, v;
+  const int32_t* bounds;
+  bool four_or_six, smooth_k, smooth_v;
+  WritableBlocks k4, v4;
+  float *k_tensor, *k_mean, *v_tensor, *v_mean;
+};
+
+struct QuantizeQFp4 {
+  Shape shape;
+  Array q, k;
+  const float *k_mean, *k_tensor;
+  const int32_t* bounds;
+  bool four_or_six, smooth_q;
+  float scale;
+  WritableBlocks q4;
+  float *q_tensor, *delta, *lse_shift;
+};
+
+struct AttendFp4 {
+  Shape shape;
+  Blocks q4, k4, v4;
+  const float *q_tensor, *delta, *lse_shift, *k_tensor, *v_tensor, *v_mean;
+  Masks masks;
+  float scale;
+  Result out;
+  float* lse;
+};
+
 struct AttendBackward {
   Shape shape;
   const int8_t* q8;
@@ -120,6 +162,9 @@ struct Kernels {  // one instruction set's
   void (*quantize_q)(const QuantizeQ&, Pool&);
   void (*attend)(const Attend&, Pool&);
   void (*attend_backward)(const AttendBackward&, Pool&);
+  void (*quantize_kv_fp4)(const QuantizeKvFp4&, Pool&);
+  void (*quantize_q_fp4)(const QuantizeQFp4&, Pool&);
+  void (*attend_fp4)(const AttendFp4&, Pool&);
 };
 
 }  // namespace sage

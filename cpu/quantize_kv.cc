@@ -3,7 +3,7 @@
 //   2. per head: the means of K and V and the channel scales of V;
 //   3. codes and tile scales.
 // The second sweep over k and v finds most of them still in cache.
-#include "numerics.h"
+#include "means.h"
 #include "tiles.h"
 
 namespace sage::SAGE_ISA {
@@ -54,16 +54,6 @@ void load_tile(float* to, const Plan& plan, const TileAt& at, Array from) {
   }
 }
 
-// Adds the second half of `rows` rows to the first, again and again: the order that makes sums
-// reproducible.
-void halving_sum(float* x, int64_t rows, int64_t Hp) {
-  for (int64_t half = rows / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half * Hp; i += kLanes) {
-      store(x + i, loadf(x + i) + loadf(x + half * Hp + i));
-    }
-  }
-}
-
 void find_bad(const Plan& plan, const TileAt& at, float* k, float* v) {
   bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
   for (int64_t j = 0; j < kTile; ++j) {
@@ -106,30 +96,12 @@ void summarise_tile(const Plan& plan, int64_t item, float* k, float* v) {
   }
 }
 
-// The same order as halving_sum over the tiles' sums, zero-padded to a power of two.
-void add_tiles(float* sums, int64_t tiles, int64_t Hp) {
-  int64_t padded = 1;
-  while (padded < tiles) padded *= 2;
-  for (int64_t half = padded / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half && i < tiles; ++i) {
-      for (int64_t h = 0; h < Hp; h += kLanes) {
-        float* to = sums + i * Hp + h;
-        store(to, loadf(to) + (i + half < tiles ? loadf(to + half * Hp) : F{}));
-      }
-    }
-    if (tiles > half) tiles = half;
-  }
-}
-
 // The mean of the tiles' sums (which are overwritten) over `count` tokens; 0 where `smooth` is not.
 void finish_mean(float* mean, bool smooth, float* sums, int64_t tiles, int64_t Hp, int32_t count) {
   __builtin_memset(mean, 0, Hp * sizeof(float));
   if (!smooth || !tiles) return;
   add_tiles(sums, tiles, Hp);
-  float reciprocal = 1.f / static_cast<float>(count > 1 ? count : 1);
-  for (int64_t h = 0; h < Hp; h += kLanes) {
-    store(mean + h, round_bf16(loadf(sums + h) * reciprocal));
-  }
+  store_mean(mean, sums, count, Hp);
 }
 
 void finish_head(const Plan& plan, int64_t head) {

@@ -27,7 +27,6 @@ PLATFORMS = {
     "cpu": "cpu",
     "cuda": "CUDA",
 }  # of a native implementation: the name XLA registers it under
-FP4_NATIVE = ()  # native implementations that have kernels for the operations of docs/nvfp4.md
 
 LAYOUTS = {  # operands, results: see _batching.py
     "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK. BK.. BK."),
@@ -50,11 +49,16 @@ NO_BIAS_ON_CUDA = (
 )
 
 
+def has_kernels(implementation, recipe: Recipe) -> bool:
+    """Whether a native implementation, where it was built, has the recipe's forward pass."""
+    return not recipe.fp4 or (implementation == "cpu" and recipe.qk == "nvfp4")
+
+
 def no_fp4(implementation, recipe: Recipe):
     return (
-        f"recipe {recipe.name!r} multiplies FP4 operands, for which implementation={implementation!r} "
-        "has no kernels yet in this build; use implementation='reference' (plain JAX, O(T·S) "
-        "memory), or an 8-bit recipe."
+        f"recipe {recipe.name!r} multiplies {recipe.qk} operands, for which "
+        f"implementation={implementation!r} has no kernels in this build; use "
+        "implementation='reference' (plain JAX, O(T·S) memory), or an 8-bit recipe."
     )
 
 
@@ -191,6 +195,17 @@ def _attributes(name, settings: Settings):
             "dp": i32(dp),
         },
         "quantize_q": lambda: {"q_block": i64(recipe.q_block), **scale},
+        "quantize_kv_fp4": lambda: {
+            "four_or_six": i32(recipe.four_or_six),
+            "smooth_k": i32(recipe.smooth_k),
+            "smooth_v": i32(recipe.smooth_v),
+        },
+        "quantize_q_fp4": lambda: {
+            "four_or_six": i32(recipe.four_or_six),
+            "smooth_q": i32(recipe.smooth_q),
+            **scale,
+        },
+        "attend_fp4": lambda: {**scale, **window},
         "attend": lambda: {
             "pv": i32(recipe.pv_code),
             "f16_accumulate": i32(recipe.f16_accumulate),
@@ -334,8 +349,9 @@ def _by_platform(name, settings: Settings, *operands):
     native = {kind: run(_native, kind, name, settings) for kind in PLATFORMS}
     if has_bias:
         native["cuda"] = refuse(NO_BIAS_ON_CUDA)
-    if name in nvfp4.LAYOUTS:  # asked for by name they are refused before
-        native.update({kind: specification for kind in PLATFORMS if kind not in FP4_NATIVE})
+    if name in nvfp4.LAYOUTS:  # a call that names an implementation without them was refused
+        lacking = (kind for kind in PLATFORMS if not has_kernels(kind, settings.recipe))
+        native.update(dict.fromkeys(lacking, specification))
     chosen = settings.implementation
     if chosen == "reference":
         return specification(*operands)

@@ -113,7 +113,8 @@ def plan(
     left, right = _window(local_window_size, is_causal)
     scale, fold_scale = _scale(scale, H)
     chosen = recipes.resolve(recipe)
-    if chosen and chosen.fp4 and implementation in set(_ffi.PLATFORMS) - set(_ffi.FP4_NATIVE):
+    named = implementation in _ffi.PLATFORMS
+    if chosen and named and not _ffi.has_kernels(implementation, chosen):
         raise ValueError(_ffi.no_fp4(implementation, chosen))
     _check_implementation(implementation, bias is not None, platform or jax.default_backend())
     settings = _ffi.Settings(
@@ -383,8 +384,9 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
     kernels = _operations(backend, names + ("attend_backward",) * trains)
     if planned.recipe.fp4:
         eight_bit = kernels if trains else ()
-        if backend not in ("reference", *_ffi.FP4_NATIVE):
-            backend, reason = "reference", f"no FP4 kernels for {platform} yet in this build"
+        if backend != "reference" and not _ffi.has_kernels(backend, planned.recipe):
+            lacking = f"no {planned.recipe.qk} kernels for {platform} in this build"
+            backend, reason = "reference", lacking
         kernels = _operations(backend, tuple(f"{name}_fp4" for name in names)) + eight_bit
     return Explanation(
         platform,
