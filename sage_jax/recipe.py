@@ -14,6 +14,7 @@ DP_CODES = {None: 0, "int8": 1, "bf16": 2}
 BACKWARD_CODES = {"train8": 0, "sagebwd": 1}
 FP4_FORMATS = ("nvfp4", "mxfp4", "amxfp4")  # docs/nvfp4.md; the last two for accuracy reports
 MAX_HEAD_DIM = 256
+EXACT = "exact"  # in place of a recipe, in Flax layers and in files of recipes: float32 attention
 
 
 @dataclasses.dataclass(frozen=True)
