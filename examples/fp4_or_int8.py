@@ -12,7 +12,6 @@ perplexity, on held-out text.
 import argparse
 import functools
 import itertools
-import json
 import pathlib
 import sys
 import time
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         causal = model is not None or options.causal
         measured = {
-            name: choice.Layer.measured(layer, recipes, options.tolerance, causal)
+            name: choice.Layer.measured(name, layer, recipes, options.tolerance, causal)
             for name, layer in layers.items()
         }
     except (ValueError, OSError) as problem:
@@ -129,10 +128,9 @@ def _recipes(words: str) -> dict[str, Recipe]:
 
 
 def _value(word: str):
-    try:
-        return json.loads(word.lower().replace("none", "null"))
-    except ValueError:
-        return word
+    if word.isdecimal():
+        return int(word)
+    return {"true": True, "false": False, "none": None}.get(word.lower(), word)
 
 
 def _parser() -> Parser:
@@ -157,7 +155,7 @@ def _parser() -> Parser:
         "default: %(default)s")  # fmt: skip
     add("--tolerance", type=positive, default=_TOLERANCE, metavar="X",
         help="relative L2 error that a layer's output may have; default: %(default)s")  # fmt: skip
-    add("--sequences", type=count, default=32, metavar="N",
+    add("--sequences", type=count, default=64, metavar="N",
         help="held-out sequences that the perplexity is taken over; default: %(default)s")  # fmt: skip
     add("--text", type=pathlib.Path, metavar="DIR",
         help="folder of *.py files; default: what the model was trained on")  # fmt: skip

@@ -78,6 +78,8 @@ class Recipe:
         check("delta", ("output", "exact"))
         if self.smooth_v is None:
             object.__setattr__(self, "smooth_v", self._smooths_values)
+        for switch in ("smooth_k", "smooth_v", "smooth_q", "four_or_six", "published"):
+            check(switch, (True, False))
         self._check_fp4()
         if self.pv_accumulator == "f16" and self.pv != "e4m3":
             raise ValueError(

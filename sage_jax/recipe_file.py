@@ -39,7 +39,8 @@ def save_recipes(
       about: anything that JSON can hold, such as what the choice was made from.
 
     Raises:
-      ValueError: no layers, a preset that does not exist, or NaN or infinity in `about`.
+      ValueError: no layers, a preset that does not exist, a field of a type that a file would not
+        keep (1 for True), or NaN or infinity in `about`.
       TypeError: the name of a layer is no string, an entry is None or of another type, or `about`
         holds what JSON cannot.
       OSError: the file cannot be written.
@@ -60,6 +61,8 @@ def save_recipes(
         layer: recipe if _is_exact(recipe) else dataclasses.asdict(resolve(recipe))
         for layer, recipe in recipes.items()
     }
+    for layer, entry in entries.items():
+        _recipe(entry, repr(layer))  # what could not be loaded is not saved
     content = {_FORMAT: _VERSION, "recipes": entries}
     content |= {} if about is None else {"about": about}
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"

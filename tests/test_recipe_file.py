@@ -91,6 +91,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"a": None}, None, TypeError, "the recipe of 'a' is None, which means another one"),
         ({"a": "sage9"}, None, ValueError, "recipe='sage9' is unknown"),
         ({"a": 8}, None, TypeError, "but got int"),
+        ({"a": SAGE3.replace(smooth_k=1)}, None, ValueError, "smooth_k should be of type bool"),
         ({"a": "sage2"}, float("nan"), ValueError, "not JSON compliant"),
         ({"a": "sage2"}, {"x": object()}, TypeError, "not JSON serializable"),
     ],

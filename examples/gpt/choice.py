@@ -29,7 +29,12 @@ class Layer:
 
     @classmethod
     def measured(
-        cls, tensors: Tensors, recipes: dict[str, Recipe], tolerance: float, is_causal: bool
+        cls,
+        name: str,
+        tensors: Tensors,
+        recipes: dict[str, Recipe],
+        tolerance: float,
+        is_causal: bool,
     ) -> "Layer":
         """`recipes`: label -> recipe, the cheapest first.
 
@@ -39,7 +44,7 @@ class Layer:
         for recipe in recipes.values():
             refusal = supports(*tensors, is_causal=is_causal, recipe=recipe)
             if refusal:
-                raise ValueError(refusal)
+                raise ValueError(f"{name}: {refusal}")
         report = accuracy.compare(
             *tensors, recipes=recipes, gradients=False, is_causal=is_causal
         )  # fmt: skip
@@ -147,18 +152,17 @@ def plot(
     )  # fmt: skip
     errors = axes[0, 0]
     labels = list(next(iter(layers.values())).errors)
-    bar = 0.8 / len(labels)
-    for index, (label, color) in enumerate(zip(labels, itertools.cycle(_COLORS))):
-        places = np.arange(len(layers)) + (index - (len(labels) - 1) / 2) * bar
+    for label, color in zip(labels, itertools.cycle(_COLORS)):
         heights = [layer.errors[label].rel_l2 for layer in layers.values()]
-        fills = [color if layer.choice == label else "none" for layer in layers.values()]
-        errors.bar(places, heights, 0.85 * bar, color=fills, edgecolor=color, linewidth=1.5)
-        errors.plot([], [], "s", color=color, label=label)
+        fills = [color if layer.choice == label else "white" for layer in layers.values()]
+        errors.scatter(range(len(layers)), heights, 60, fills, edgecolors=color, linewidths=1.8)
+        errors.plot([], [], "o", color=color, label=label)
     errors.axhline(tolerance, color="black", linewidth=0.8, linestyle="--", label="tolerance")
     errors.set_yscale("log")
     errors.set_xticks(range(len(layers)), list(layers), rotation=90 if len(layers) > 8 else 0)
+    errors.margins(x=0.15 if len(layers) < 8 else 0.05)
     errors.set(ylabel="relative L2 error of the output", title="filled: the layer's choice")
-    errors.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside lower left", ncols=5, frameon=False, fontsize="small")
     if losses:
         exact, *others = losses.values()
         apart, spread = zip(*(measured.above(exact) for measured in others), strict=True)
