@@ -80,8 +80,8 @@ def _model(options: argparse.Namespace):
     """
     if not options.model.exists():
         raise ValueError(
-            f"there is no {options.model}; `python examples/train_gpt.py` trains a model and writes "
-            f"{_MODEL}, or give your own tensors by --qkv"
+            f"there is no {options.model}; `python examples/train_gpt.py` trains a model and "
+            f"writes {_MODEL}, or give your own tensors by --qkv"
         )
     loaded = checkpoint.load(options.model)
     shape = loaded.model.shape
@@ -143,8 +143,8 @@ def _parser() -> Parser:
     source.add_argument("--model", type=pathlib.Path, default=_MODEL, metavar="FILE",
         help="model.npz of train_gpt.py; default: %(default)s")  # fmt: skip
     source.add_argument("--qkv", type=pathlib.Path, metavar="FILE",
-        help="an .npz file of q [batch, tokens, heads, channels], k and v, or of q0, k0, v0, q1 and "
-        "so on for several layers")  # fmt: skip
+        help="an .npz file of q [batch, tokens, heads, channels], k and v, or of q0, k0, v0, q1 "
+        "and so on for several layers")  # fmt: skip
     add(
         "--causal",
         action="store_true",
@@ -156,7 +156,7 @@ def _parser() -> Parser:
     add("--tolerance", type=positive, default=_TOLERANCE, metavar="X",
         help="relative L2 error that a layer's output may have; default: %(default)s")  # fmt: skip
     add("--sequences", type=count, default=64, metavar="N",
-        help="held-out sequences that the perplexity is taken over; default: %(default)s")  # fmt: skip
+        help="held-out sequences to take the perplexity over; default: %(default)s")  # fmt: skip
     add("--text", type=pathlib.Path, metavar="DIR",
         help="folder of *.py files; default: what the model was trained on")  # fmt: skip
     add("--seed", type=seed, default=0, metavar="N", help="of the choice of held-out sequences")

@@ -1,4 +1,4 @@
-"""Recipes of a model's layers in a JSON file, to be measured once and loaded wherever the model runs.
+"""Recipes of a model's layers in a JSON file: measured once, loaded wherever the model runs.
 
     {"sage_jax_recipes": 1,
      "recipes": {"layer0": {"name": "mine", "pv": "bf16"}, "layer1": "sage2", "layer2": "exact"},
@@ -73,7 +73,7 @@ def load_recipes(path: str | os.PathLike) -> dict[str, Recipe | str]:
     """The recipe of each layer, from a file of `save_recipes` or one written by hand.
 
     Every value is a `recipe` for `sage_jax.flax.nnx.SageAttention`, its Linen twin and
-    `sage_jax.flax.attention_fn`: a `Recipe`, or "exact" for a layer that is to keep float32 attention.
+    `sage_jax.flax.attention_fn`: a `Recipe`, or "exact" for a layer that keeps float32 attention.
 
     Raises:
       ValueError: the file is not JSON, not of this format or version, has no layers, or a layer's
@@ -97,7 +97,8 @@ def load_recipes(path: str | os.PathLike) -> dict[str, Recipe | str]:
         )
     if not isinstance(entries, dict) or not entries:
         raise ValueError(
-            f"{path}: 'recipes' should map the name of each layer to its recipe, but is {entries!r}."
+            f"{path}: 'recipes' should map the name of each layer to its recipe, but is "
+            f"{entries!r}."
         )
     return {layer: _recipe(entry, f"{path}, {layer!r}") for layer, entry in entries.items()}
 

@@ -142,7 +142,7 @@ def test_differences_of_losses_are_paired(example):
         (dict(q1=0, k1=1, v2=2), "has no v1; a layer needs"),
         (dict(q=0, k=1, v=2, q0=0), "holds q, k, v, q0; give q, k and v of one layer"),
         (dict(q=0, k=1, v=2, mask=0), "holds an array named 'mask'"),
-        (dict(q=0, k=1, v=np.ones((70, 2, 16))), "v has the shape [70, 2, 16], but should have four"),
+        (dict(q=0, k=1, v=np.ones((70, 2, 16))), "v has the shape [70, 2, 16], but should have"),
         (dict(q=0, k=1, v=np.ones((1, 0, 2, 16))), "v has the shape [1, 0, 2, 16]"),
         (dict(q=0, k=1, v=np.ones((1, 70, 2, 16), int)), "v has the type int64, but should be"),
         (dict(q=0, k=1, v=np.full((1, 70, 2, 16), np.nan)), "v holds NaN or infinity"),

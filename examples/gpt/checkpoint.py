@@ -1,4 +1,4 @@
-"""A trained model in one .npz file: its parameters by name, and as JSON what it takes to build it."""
+"""A trained model in one .npz file: its parameters by name, and what it takes to build it."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Which recipe each layer bears: errors next to exact attention, the choice, its table and picture."""
+"""Which recipe each layer bears: errors next to exact attention, the choice, tables, a picture."""
 
 import dataclasses
 import itertools
@@ -105,7 +105,7 @@ def loss_table(losses: dict[str, Loss]) -> str:
     for label, measured in losses.items():
         difference = "" if measured is exact else "{:+.5f} ± {:.5f}".format(*measured.above(exact))
         rows.append([label, f"{measured.mean:.5f}", f"{measured.perplexity:.4f}", difference])
-    header = ["attention", "loss, nats per byte", "perplexity", "difference of loss"]
+    header = ["attention", "loss, nats per byte", "perplexity", "loss above exact ± standard error"]
     return "\n".join(format_table(header, rows))
 
 

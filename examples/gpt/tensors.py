@@ -56,7 +56,8 @@ def of_file(path: pathlib.Path) -> dict[str, Tensors]:
             arrays = dict(file)
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as reason:
         raise ValueError(
-            f"{path} is not an .npz file of numbers; write it with numpy.savez(path, q=q, k=k, v=v)."
+            f"{path} is not an .npz file of numbers; write one with "
+            "numpy.savez(path, q=q, k=k, v=v)."
         ) from reason
     numbers: dict[int | None, set[str]] = {}
     for name in arrays:
