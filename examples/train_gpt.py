@@ -1,7 +1,8 @@
 """Trains a small byte-level GPT with exact attention, then again with 8-bit attention.
 
 Every run starts from the same parameters and sees the same batches, so all that differs is the
-attention. Writes a table, loss curves, all numbers and a sample of generated text.
+attention. Writes a table, loss curves, all numbers, a sample of generated text, and the model that
+was trained with exact attention, for fp4_or_int8.py.
 
     python examples/train_gpt.py                      # sizes fit the machine
     python examples/train_gpt.py --recipes sagebwd --steps 50 --output somewhere
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 import sage_jax
-from gpt import report, sampling, text, training
+from gpt import checkpoint, report, sampling, text, training
 from gpt.model import GPT, Shape
+from gpt.options import Parser, count, positive, seed
 
 _SAMPLE = 240  # bytes of generated text
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -110,11 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
     title = f"{size / 1e6:.1f}M parameters, context {shape.context}, {device.device_kind}"
     report.write_json(options.output / "results.json", runs, facts, sample)
     report.plot(options.output / "loss.png", runs, title)
+    checkpoint.save(options.output / "model.npz", shape, runs[0].parameters, options.text)
     print(f"\n{report.table(runs)}\n")
     print(f"Written by {runs[-1].name} through a cache of 8-bit keys and values:\n")
     print("\n".join(f"    {line}" for line in sample.splitlines()))
     seconds = time.perf_counter() - started
-    print(f"\n{options.output}/loss.png, {options.output}/results.json ({seconds:.0f} s in all)")
+    names = ("loss.png", "results.json", "model.npz")
+    written = ", ".join(f"{options.output}/{name}" for name in names)
+    print(f"\n{written} ({seconds:.0f} s in all)")
     return 0
 
 
@@ -200,7 +205,7 @@ def _check_lengths(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineErrors(
+    parser = Parser(
         description=__doc__.split("\n\n    ")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="A preset gives the value of every option that is not given:\n"
@@ -209,53 +214,26 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="sizes; default: gpu if JAX sees a GPU, otherwise cpu")
     add("--recipes", metavar="A,B", help="8-bit recipes to compare with exact attention")
-    add("--layers", type=_count, metavar="N", help="transformer blocks")
-    add("--heads", type=_count, metavar="N", help="attention heads; width is heads x head-dim")
-    add("--head-dim", type=_count, metavar="N", help="channels of a head, even")
-    add("--context", type=_count, metavar="N", help="bytes a sequence")
-    add("--batch", type=_count, metavar="N", help="sequences a step")
-    add("--steps", type=_count, metavar="N", help="training steps of each run")
-    add("--learning-rate", type=_positive, metavar="X", help="AdamW's peak learning rate")
+    add("--layers", type=count, metavar="N", help="transformer blocks")
+    add("--heads", type=count, metavar="N", help="attention heads; width is heads x head-dim")
+    add("--head-dim", type=count, metavar="N", help="channels of a head, even")
+    add("--context", type=count, metavar="N", help="bytes a sequence")
+    add("--batch", type=count, metavar="N", help="sequences a step")
+    add("--steps", type=count, metavar="N", help="training steps of each run")
+    add("--learning-rate", type=positive, metavar="X", help="AdamW's peak learning rate")
     add("--dtype", choices=DTYPES, help="type of activations; parameters are always float32")
     add("--exact", choices=("xla", "cudnn"), help="implementation of jax.nn in the exact run")
     add("--implementation", choices=("cpu", "cuda", "reference"),
         help="implementation of sage_jax; default: the best one for the device")  # fmt: skip
     add("--text", type=pathlib.Path, metavar="DIR",
         help="folder of *.py files, the text; default: Python's standard library")  # fmt: skip
-    add("--seed", type=_seed, default=0, metavar="N", help="of parameters, batches and sample")
+    add("--seed", type=seed, default=0, metavar="N", help="of parameters, batches and sample")
     add("--prompt", default="def ", help="start of the generated text; default: %(default)r")
-    add("--sample", type=_count, metavar="N",
+    add("--sample", type=count, metavar="N",
         help=f"bytes to generate; default: {_SAMPLE}, or what fits the context")  # fmt: skip
     add("--output", type=pathlib.Path, default=pathlib.Path("demo_output"), metavar="DIR",
-        help="where loss.png and results.json go; default: %(default)s")  # fmt: skip
+        help="where loss.png, results.json and model.npz go; default: %(default)s")  # fmt: skip
     return parser
-
-
-class _OneLineErrors(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help explains every option)\n")
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 1 up")
-    return int(word)
-
-
-def _seed(word: str) -> int:
-    if not word.isdecimal() or int(word) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 0 to 4294967295")
-    return int(word)
-
-
-def _positive(word: str) -> float:
-    try:
-        number = float(word)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word!r} is not a positive number")
-    return number
 
 
 def _options_of(preset: Preset) -> str:

@@ -8,6 +8,7 @@ from sage_jax._vjp import RESIDUALS
 from sage_jax.attention import dot_product_attention
 from sage_jax.recipe import PRESETS as recipes
 from sage_jax.recipe import Recipe
+from sage_jax.recipe_file import load_recipes, save_recipes
 from sage_jax.support import explain, supports
 
 __version__ = "0.1.0"
@@ -19,7 +20,9 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "flax",
+    "load_recipes",
     "recipes",
+    "save_recipes",
     "supports",
 ]
 _SUBMODULES = ("accuracy", "decode", "flax")  # loaded when first used: they need more than JAX

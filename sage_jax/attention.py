@@ -102,7 +102,7 @@ def dot_product_attention(
         q = q.astype(jnp.float32) * guard(jnp.asarray(scale, jnp.float32))
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     masks = Masks(
-        _bounds(q, k, query_seq_lengths, key_value_seq_lengths, causal_alignment),
+        bounds(q, k, query_seq_lengths, key_value_seq_lengths, causal_alignment),
         _optional(query_segment_ids, 2, jnp.int32),
         _optional(key_value_segment_ids, 2, jnp.int32),
         _optional(mask, 4, jnp.bool_),
@@ -126,7 +126,7 @@ def _optional(x, ndim, dtype):
     return None if x is None else _leading_axes(jnp.asarray(x), ndim).astype(dtype)
 
 
-def _bounds(q, k, query_lengths, key_lengths, causal_alignment):
+def bounds(q, k, query_lengths, key_lengths, causal_alignment):
     """int32 [B, 3]: valid queries, valid keys, and the key that query 0's diagonal starts at."""
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
 

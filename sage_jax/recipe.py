@@ -14,6 +14,7 @@ DP_CODES = {None: 0, "int8": 1, "bf16": 2}
 BACKWARD_CODES = {"train8": 0, "sagebwd": 1}
 FP4_FORMATS = ("nvfp4", "mxfp4", "amxfp4")  # docs/nvfp4.md; the last two for accuracy reports
 MAX_HEAD_DIM = 256
+EXACT = "exact"  # in place of a recipe, in Flax layers and in files of recipes: float32 attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Recipe:
         check("delta", ("output", "exact"))
         if self.smooth_v is None:
             object.__setattr__(self, "smooth_v", self._smooths_values)
+        for switch in ("smooth_k", "smooth_v", "smooth_q", "four_or_six", "published"):
+            check(switch, (True, False))
         self._check_fp4()
         if self.pv_accumulator == "f16" and self.pv != "e4m3":
             raise ValueError(

@@ -58,6 +58,11 @@ def test_a_tiny_run_writes_table_picture_and_numbers(train_gpt, capsys, tmp_path
     assert 0 < max(errors.values()) < 0.25
     assert f"{max(errors.values()):.4f}" in said
 
+    from gpt import checkpoint
+
+    model, folder = checkpoint.load(tmp_path / "out" / "model.npz")
+    assert (model.shape.layers, model.shape.context, folder) == (2, 48, None)
+
     picture = (tmp_path / "out" / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 

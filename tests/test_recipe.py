@@ -27,6 +27,7 @@ def test_recipes_are_frozen_and_replace_names_the_change():
     [
         (dict(pv="fp8"), "pv='fp8' is not supported; choose one of"),
         (dict(q_block=32), "q_block=32"),
+        (dict(smooth_k="yes"), "smooth_k='yes' is not supported; choose one of True, False"),
         (dict(backward="sagebwd"), "backward='sagebwd' needs q_block"),
         (dict(pv="bf16", pv_accumulator="f16"), "goes with pv='e4m3' only"),
         (dict(pv="bf16", smooth_v=True), "smooth_v=True goes with pv='e4m3' or backward='train8', but pv='bf16'"),

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from gpt import text
+from gpt import checkpoint, text
 from gpt.model import GPT, Attend
 
 _BAR = "{desc:>8} |{bar:24}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
@@ -97,7 +96,7 @@ def train(
             clock.start()
             loss, gradients = step(parameters, tokens)
             if first is None:
-                first = _by_name(gradients)
+                first = checkpoint.by_name(gradients)
             parameters, state = update(parameters, state, gradients)
             tokens = next(batches)
             losses.append(float(loss))
@@ -144,14 +143,6 @@ def _progress(name: str, steps: int) -> tqdm:
     # A log file has no carriage return: one line every few seconds is enough there.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(total=steps, desc=name, bar_format=_BAR, mininterval=interval, maxinterval=interval)
-
-
-def _by_name(gradients: nnx.State) -> dict[str, np.ndarray]:
-    leaves: Iterator = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(gradients))
-    return {
-        ".".join(str(getattr(part, "key", part)) for part in path): np.asarray(leaf, np.float32)
-        for path, leaf in leaves
-    }
 
 
 def _memory(step) -> int | None:

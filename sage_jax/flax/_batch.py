@@ -12,6 +12,13 @@ import jax
 import jax.numpy as jnp
 
 import sage_jax
+from sage_jax import attention, masking, reference, support
+from sage_jax.recipe import EXACT, Recipe, resolve
+
+
+def layer_recipe(recipe: str | Recipe | None) -> Recipe | str | None:
+    """What `attend_folded` takes as recipe: "exact" stays, everything else as `recipe.resolve`."""
+    return EXACT if isinstance(recipe, str) and recipe == EXACT else resolve(recipe)
 
 
 def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Array:
@@ -20,7 +27,8 @@ def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Arra
     Args:
       query: [..., T, N, H]; key, value: [..., S, K, H].
       bias, mask: broadcastable to [..., N, T, S], or None.
-      **kwargs: handed on as they are; per-batch arrays among them as [B] or [B, length].
+      **kwargs: handed on as they are; per-batch arrays among them as [B] or [B, length]. The recipe
+        may be "exact" too: float32 attention in plain JAX, O(T·S) memory, with the same meaning.
 
     Returns:
       [..., T, N, H] in the query's type.
@@ -32,13 +40,54 @@ def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Arra
                 f"has shape {list(query.shape)} and {name} {list(x.shape)}."
             )
     batch = query.shape[:-3]
-    out = sage_jax.dot_product_attention(
+    exact = kwargs.get("recipe") == EXACT
+    attend = _exact_attention if exact else sage_jax.dot_product_attention
+    out = attend(
         *(fold_batch(x, batch) for x in (query, key, value)),
         bias=fold_logits_shape(bias, batch, "bias"),
         mask=fold_logits_shape(mask, batch, "mask"),
         **kwargs,
     )
     return out.reshape(query.shape)
+
+
+def _exact_attention(
+    query, key, value, *, bias, mask, recipe, implementation=None, scale=None, **kwargs
+) -> jax.Array:
+    """`sage_jax.dot_product_attention` in float32."""
+    if implementation not in (None, "reference"):
+        raise ValueError(
+            f"recipe={recipe!r} is float32 attention in plain JAX, but implementation="
+            f"{implementation!r} was asked for; leave it out for this layer, or name a recipe."
+        )
+    planned = support.plan(
+        query, key, value, bias, mask, scale=scale, implementation="reference", **kwargs
+    )
+    given = {
+        "bounds": attention.bounds(
+            query,
+            key,
+            kwargs.get("query_seq_lengths"),
+            kwargs.get("key_value_seq_lengths"),
+            kwargs.get("causal_alignment", "top_left"),
+        ),
+        "q_seg": kwargs.get("query_segment_ids"),
+        "kv_seg": kwargs.get("key_value_segment_ids"),
+        "mask": mask,
+        "bias": bias,
+    }
+    masks = masking.no_masks(query.shape[0], query.shape[1], key.shape[1])
+    masks = masks._replace(**{name: x for name, x in given.items() if x is not None})
+    out, _ = reference.exact_attention(
+        query,
+        key,
+        value,
+        masks,
+        scale=scale if planned.fold_scale else planned.settings.scale,
+        window_left=planned.settings.window_left,
+        window_right=planned.settings.window_right,
+    )
+    return out.astype(query.dtype)
 
 
 def fold_batch(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:

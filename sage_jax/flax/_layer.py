@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from sage_jax import decode
-from sage_jax.flax._batch import attend_folded, fold_batch, fold_logits_shape
-from sage_jax.recipe import Recipe, resolve
+from sage_jax.flax._batch import attend_folded, fold_batch, fold_logits_shape, layer_recipe
+from sage_jax.recipe import Recipe
 
 # Where a layer keeps the fields of `decode.KVCache`, in their order; the names that Flax has too
 # (cached_key, cached_value, cache_index) mean the same there.
@@ -65,7 +65,7 @@ class Attention:
             is_causal=self.is_causal if is_causal is None else is_causal,
             local_window_size=self.local_window_size,
             implementation=self.implementation,
-            recipe=resolve(self.recipe),
+            recipe=layer_recipe(self.recipe),
             **extents,
         )
 

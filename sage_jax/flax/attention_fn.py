@@ -13,8 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sage_jax.flax._batch import attend_folded
-from sage_jax.recipe import Recipe, resolve
+from sage_jax.flax._batch import attend_folded, layer_recipe
+from sage_jax.recipe import Recipe
 
 
 @functools.lru_cache(maxsize=None)
@@ -34,7 +34,8 @@ def attention_fn(
 
     Args:
       recipe, implementation, scale, local_window_size, causal_alignment: as in
-        `sage_jax.dot_product_attention`.
+        `sage_jax.dot_product_attention`. recipe="exact" is float32 attention in plain JAX, O(T·S)
+        memory, for the layers of `sage_jax.load_recipes` that bear no other.
       is_causal: causal attention in every call, without a mask; Linen cannot ask for it by call.
         Not for a layer in decode mode, whose one query is not the first.
       deterministic_gradients: `deterministic` of `sage_jax.dot_product_attention`; renamed because
@@ -44,7 +45,7 @@ def attention_fn(
       A function of query [..., T, N, H], key and value [..., S, K, H] and the keywords of Flax,
       which gives [..., T, N, H].
     """
-    recipe = resolve(recipe)
+    recipe = layer_recipe(recipe)
     always_causal = is_causal
 
     def attention(

@@ -42,7 +42,8 @@ class SageAttention(nn.Module):
       num_heads, qkv_features, out_features: sizes, with the defaults of Flax's layer.
       num_kv_heads: key/value heads, default num_heads.
       recipe, implementation, scale, local_window_size: as in `sage_jax.dot_product_attention`;
-        decoding follows scale and window, its numerics are those of the cache.
+        decoding follows scale and window, its numerics are those of the cache. recipe may also be
+        "exact": float32 attention in plain JAX, O(T·S) memory, see `sage_jax.load_recipes`.
       is_causal: whether query i sees the keys up to i only.
       rope_theta: base of the rotary position embedding, None for none; after QK-norm.
       normalize_qk: layer norm without bias of each head of queries and keys.
