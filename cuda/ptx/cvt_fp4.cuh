@@ -1,12 +1,14 @@
-// Eight floats to e2m1, the first in the lowest four bits; nearest, ties to even, saturating at ±6.
+// Conversions of FP4 attention: eight floats to e2m1, four e4m3 scales to floats.
 #pragma once
 
 #include <cstdint>
 
 #include "numerics/e2m1.h"
+#include "ptx/cvt.cuh"
 
 namespace sage::ptx {
 
+// The first lands in the lowest four bits. Nearest, ties to even, saturating at ±6.
 __device__ __forceinline__ uint32_t cvt_e2m1x8_f32(const float (&x)[8]) {
 #if defined(__CUDA_ARCH_FEAT_SM120_ALL) || defined(__CUDA_ARCH_FEAT_SM121_ALL)
   uint32_t r;
@@ -21,6 +23,17 @@ __device__ __forceinline__ uint32_t cvt_e2m1x8_f32(const float (&x)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) r |= e2m1_code(x[i]) << (4 * i);
   return r;
+#endif
+}
+
+// The lowest byte first. Exact.
+__device__ __forceinline__ void cvt_f32_e4m3x4(float (&x)[4], uint32_t codes) {
+#if __CUDA_ARCH__ >= 890
+  cvt_f32_f16x2(x[0], x[1], cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes)));
+  cvt_f32_f16x2(x[2], x[3], cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes >> 16)));
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = e4m3_value(static_cast<uint8_t>(codes >> (8 * i)));
 #endif
 }
 

@@ -222,14 +222,15 @@ __device__ __forceinline__ void probabilities(const float (&s)[kKeyGroups][4], c
     }
   }
   const uint32_t mine = ptx::cvt_e4m3x4_f32(wanted[0], wanted[1], wanted[2], wanted[3]);
+  float rounded[4];
+  ptx::cvt_f32_e4m3x4(rounded, mine);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     sum[r] = 0.0f;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       // A scale that rounds to 0 makes products of 0, whatever the codes; the sum wants a number.
-      const float scale =
-          fmaxf(e4m3_value(static_cast<uint8_t>(mine >> (8 * (2 * r + u)))), kSmallestScale);
+      const float scale = fmaxf(rounded[2 * r + u], kSmallestScale);
       const float start = shift[r] - ptx::lg2(scale);
       float e[8], total = 0.0f;
 #pragma unroll

@@ -11,4 +11,8 @@ inline uint32_t cvt_e2m1x8_f32(const float (&x)[8]) {
   return r;
 }
 
+inline void cvt_f32_e4m3x4(float (&x)[4], uint32_t codes) {
+  for (int i = 0; i < 4; ++i) x[i] = e4m3_value(static_cast<uint8_t>(codes >> (8 * i)));
+}
+
 }  // namespace sage::ptx
