@@ -51,7 +51,7 @@ NO_BIAS_ON_CUDA = (
 
 def has_kernels(implementation, recipe: Recipe) -> bool:
     """Whether a native implementation, where it was built, has the recipe's forward pass."""
-    return not recipe.fp4 or (implementation == "cpu" and recipe.qk == "nvfp4")
+    return not recipe.fp4 or (implementation in PLATFORMS and recipe.qk == "nvfp4")
 
 
 def no_fp4(implementation, recipe: Recipe):
@@ -230,9 +230,18 @@ def _workspace_bytes(name, settings: Settings, operands) -> int | None:
     if name == "quantize_kv":
         B, S, K, _ = operands[0].shape
         return _workspace.quantize_kv_bytes(B, S, K, padded)
+    if name == "quantize_kv_fp4":
+        B, S, K, _ = operands[0].shape
+        return _workspace.fp4_bytes(name, B, 0, S, 0, K, padded, {})
+    if name == "quantize_q_fp4":
+        (B, T, N, _), (_, S, K, _) = operands[0].shape, operands[1].shape
+        return _workspace.fp4_bytes(name, B, T, S, N, K, padded, {})
     masks = Masks(*operands[-5:])
     masking = {"mask_shape": masks.mask.shape, "segments": masks.q_seg.size > 0}
     B, N, T, _ = operands[0].shape
+    if name == "attend_fp4":
+        K, S = operands[5].shape[1:3]
+        return _workspace.fp4_bytes(name, B, T, S, N, K, padded, masking)
     _, K, S, _ = operands[3 if name == "attend" else 2].shape
     if name == "attend":
         recipe = settings.recipe

@@ -95,9 +95,35 @@ def attend_backward_rows(
     )
 
 
+def quantize_kv_fp4_rows(B: int, S: int, K: int, Hp: int):
+    """Rows of the workspace of `sage_jax_quantize_kv_fp4`: partial reductions over tiles of 64 keys, of K and then of V."""
+    return (
+        ("sums", "f32", (2, B, K, _tiles(S), Hp)),
+        ("max", "f32", (2, B, K, _tiles(S), Hp)),
+        ("min", "f32", (2, B, K, _tiles(S), Hp)),
+        ("amax", "f32", (2, B, K, Hp)),  # of what is left without the mean, over the sequence
+        ("used", "s32", (B, K, _tiles(S))),  # tokens counted per tile
+    )
+
+
+def quantize_q_fp4_rows(B: int, T: int, N: int, Hp: int):
+    """Rows of the workspace of `sage_jax_quantize_q_fp4`."""
+    return (("means", "f32", (B, N, -(-T // 128), Hp)),)  # of 128 queries, divided by their scale
+
+
 def quantize_kv_bytes(B: int, S: int, K: int, Hp: int) -> int:
     """Length of the `workspace` result of `sage_jax_quantize_kv` on CUDA."""
     return _total(quantize_kv_rows(B, S, K, Hp))
+
+
+def fp4_bytes(name: str, B: int, T: int, S: int, N: int, K: int, Hp: int, masking: dict) -> int:
+    """Length of the `workspace` result of the FP4 operation `name` on CUDA; `masking` as `mask_rows` takes it."""
+    rows = {
+        "quantize_kv_fp4": lambda: quantize_kv_fp4_rows(B, S, K, Hp),
+        "quantize_q_fp4": lambda: quantize_q_fp4_rows(B, T, N, Hp),
+        "attend_fp4": lambda: mask_rows(B, T, S, **masking),
+    }
+    return _total(rows[name]())
 
 
 def attend_bytes(

@@ -18,13 +18,15 @@ inline constexpr int kChunkBytes = 16;
 // kRows rows of kRowBytes bytes. The tile starts at a multiple of 128 bytes.
 template <int kRows, int kRowBytes>
 struct SharedTile {
-  static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "the swizzle knows rows of 64 and 128·n");
+  static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes % 128 == 0,
+                "the swizzle knows rows of 32, 64 and 128·n");
   static constexpr int kChunks = kRowBytes / kChunkBytes;
   static constexpr int kBytes = kRows * kRowBytes;
 
-  // Where chunk `chunk` of row `row` lies. Two rows of 64 bytes share the 128 bytes of all banks.
+  // Where chunk `chunk` of row `row` lies. Two rows of 64 bytes, or four of 32, share the 128 bytes of all
+  // banks.
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    const int twist = kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
+    const int twist = kRowBytes == 32 ? (row >> 2) & 1 : kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
     // The part of `chunk` that is not twisted stands apart: it becomes an immediate of the access.
     return row * kRowBytes + (chunk & ~7) * kChunkBytes + (((chunk & 7) ^ twist) * kChunkBytes);
   }
@@ -56,7 +58,7 @@ struct SharedTile {
   // alone.
   static __device__ __forceinline__ uint32_t address(uint32_t tile, int row, int chunk, int r,
                                                      int c) {
-    constexpr int kSpan = kRowBytes == 64 ? 4 : 8;  // chunks that the twist permutes
+    constexpr int kSpan = kChunks < 8 ? kChunks : 8;  // chunks that the twist permutes
     return ((tile + offset(r, c)) ^ (chunk % kSpan * kChunkBytes)) + row * kRowBytes +
            chunk / kSpan * kSpan * kChunkBytes;
   }
@@ -74,6 +76,17 @@ struct SharedTile {
                                                   int step) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, matrix = lane / 8;
     ptx::ldmatrix_x4(b, address(tile, row, 2 * step, matrix / 2 * 8 + lane % 8, matrix % 2));
+  }
+
+  // The same with the rows of [row, row + 32) in the order that leaves the columns 8t .. 8t + 7 of a row to
+  // lane 4g + t: column c of eight, of the tile's `pair`-th 16 columns, is row 8·(c/2) + 2·n + c%2 for the
+  // n-th eight of the 32 (SageAttention3, arXiv 2505.11594, section 3.4). pair = 0 or 1, row = 32·n.
+  static __device__ __forceinline__ void load_b16_interleaved(uint32_t (&b)[4], uint32_t tile,
+                                                              int row, int pair, int step) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, matrix = lane / 8, c = lane % 8;
+    const int from = c / 2 * 8 + c % 2 + matrix / 2 * 2 + 4 * pair;
+    const int chunk = 2 * step + matrix % 2;
+    ptx::ldmatrix_x4(b, tile + row * kRowBytes + offset(from, chunk));
   }
 
   // The same for columns [row, row + 8) and k = bytes [64·half, 64·half + 64): b[0], b[1] for the

@@ -2,72 +2,14 @@
 // parameter struct, launch on XLA's stream. Nothing is allocated and no device state is read, so XLA
 // may capture the calls in CUDA graphs and replay them.
 #include "handlers.h"
-
-#include <cstring>
-
-#include "check.h"
-#include "common/architectures.h"
+#include "operands.h"
 
 namespace sage {
 namespace {
 
-using Arg = ffi::AnyBuffer;
-using Out = ffi::Result<ffi::AnyBuffer>;
-using ffi::DataType;
-
-ffi::Error finish(const char* operation, const char* error) {
-  if (error == nullptr) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(operation) + ": " + explain_launch_error(error));
-}
-
 DataType pv_type(int32_t pv) {
   constexpr DataType kTypes[] = {DataType::F8E4M3FN, DataType::F16, DataType::BF16, DataType::S8};
   return kTypes[pv];
-}
-
-// Operands that attention and its gradient share.
-struct MaskOperands {
-  Arg bounds, q_seg, kv_seg, mask, bias;
-  int64_t window_left, window_right;
-};
-
-MaskParams mask_params(Check& check, const MaskOperands& given, const AttentionShape& shape) {
-  const bool segments = given.q_seg.element_count() > 0 && given.kv_seg.element_count() > 0;
-  check.buffer("bounds", given.bounds, {shape.batch, 3}, {DataType::S32});
-  if (segments) {
-    check.buffer("q_seg", given.q_seg, {shape.batch, shape.queries}, {DataType::S32});
-    check.buffer("kv_seg", given.kv_seg, {shape.batch, shape.keys}, {DataType::S32});
-  }
-  check.require(given.bias.element_count() == 0,
-                "an additive bias is not supported by the CUDA kernels; use a boolean mask, or "
-                "implementation='reference'");
-  MaskParams masks = {};
-  masks.bounds = data<const int32_t>(given.bounds);
-  masks.q_seg = segments ? data<const int32_t>(given.q_seg) : nullptr;
-  masks.kv_seg = segments ? data<const int32_t>(given.kv_seg) : nullptr;
-  masks.window_left = static_cast<int>(given.window_left);
-  masks.window_right = static_cast<int>(given.window_right);
-  if (given.mask.element_count() == 0) return masks;
-
-  const int full[4] = {shape.batch, shape.heads, shape.queries, shape.keys};
-  masks.mask = data<const uint8_t>(given.mask);
-  int64_t stride = 1;
-  Shape wanted(4);
-  for (int n = 3; n >= 0; --n) {
-    const int size = axis(given.mask, n);
-    masks.mask_sizes[n] = size;
-    masks.mask_strides[n] = size == 1 ? 0 : stride;
-    stride *= size;
-    wanted[n] = size == 1 ? 1 : full[n];
-  }
-  check.buffer("mask", given.mask, wanted, {DataType::PRED});
-  return masks;
-}
-
-void check_workspace(Check& check, Out workspace, size_t bytes) {
-  check.require(workspace->size_bytes() >= bytes,
-                "workspace has " + std::to_string(workspace->size_bytes()) + " bytes, but " +
-                    std::to_string(bytes) + " are needed; size it by sage_jax._workspace");
 }
 
 ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, Out k_scale,
@@ -277,32 +219,6 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   check_workspace(check, workspace, backward_workspace_bytes(params));
   if (check.failed()) return check.result();
   return finish("sage_jax_attend_backward", attend_backward(params, stream));
-}
-
-// Bindings: the stream, then so many operands and so many results, then the attributes. A binding can
-// neither be copied nor moved, hence the recursion that ends in a temporary.
-template <int kCount, class Binding>
-auto operands(Binding&& binding) {
-  if constexpr (kCount == 1) {
-    return std::move(binding).template Arg<Arg>();
-  } else {
-    return operands<kCount - 1>(std::move(binding).template Arg<Arg>());
-  }
-}
-
-template <int kCount, class Binding>
-auto results(Binding&& binding) {
-  if constexpr (kCount == 1) {
-    return std::move(binding).template Ret<Arg>();
-  } else {
-    return results<kCount - 1>(std::move(binding).template Ret<Arg>());
-  }
-}
-
-template <int kOperands, int kResults>
-auto bind() {
-  return results<kResults>(
-      operands<kOperands>(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>()));
 }
 
 }  // namespace

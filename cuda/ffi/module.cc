@@ -23,6 +23,9 @@ nb::dict registrations() {
   handlers["sage_jax_quantize_q"] = capsule(SageQuantizeQCuda);
   handlers["sage_jax_attend"] = capsule(SageAttendCuda);
   handlers["sage_jax_attend_backward"] = capsule(SageAttendBackwardCuda);
+  handlers["sage_jax_quantize_kv_fp4"] = capsule(SageQuantizeKvFp4Cuda);
+  handlers["sage_jax_quantize_q_fp4"] = capsule(SageQuantizeQFp4Cuda);
+  handlers["sage_jax_attend_fp4"] = capsule(SageAttendFp4Cuda);
   return handlers;
 }
 

@@ -1,4 +1,4 @@
-// cp.async: 16-byte copies from global to shared memory that complete in groups, oldest first.
+// cp.async: copies from global to shared memory that complete in groups, oldest first.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,17 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(shared), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same for kBytes, 4 or 8 or 16, and addresses that are multiples of them; through L1.
+template <int kBytes>
+__device__ __forceinline__ void cp_async(uint32_t shared, const void* global, bool valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what cp.async copies");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :
+               : "r"(shared), "l"(__cvta_generic_to_global(global)), "n"(kBytes),
+                 "r"(valid ? kBytes : 0)
                : "memory");
 }
 

@@ -26,12 +26,15 @@ SOURCES = (
     "attend.cu",
     "common/mask_summary.cu",
     "quantize/quantize_kv.cu",
+    "quantize/quantize_kv_fp4.cu",
     "quantize/quantize_q.cu",
+    "quantize/quantize_q_fp4.cu",
     "sm80/attention_decode.cu",
     "sm80/attention_fwd.cu",
     "sm80/attention_fwd_e4m3.cu",
     "sm89/attention_fwd.cu",
     "sm90/attention_fwd_mma.cu",
+    "sm120/attention_fwd_fp4.cu",
     "sm90/absent.cc",  # wgmma has no twin on the host
 )
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wall -Wno-unknown-pragmas -x c++".split()
@@ -105,7 +108,7 @@ def library():
     """The simulator's shared library, compiled on first use."""
     headers = sorted(p for d in (CUDA, HERE) for p in d.rglob("*") if p.suffix in (".h", ".cuh"))
     sources = [CUDA / s for s in SOURCES]
-    sources += [HERE / name for name in ("sim.cc", "exports.cc", "selftest.cu")]
+    sources += [HERE / name for name in ("sim.cc", "exports.cc", "selftest.cu", "fp4_exports.cu")]
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in (*headers, *sources):
         digest.update(path.read_bytes())

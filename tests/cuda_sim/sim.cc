@@ -225,9 +225,9 @@ void finish_copies(int pending_groups) {
   while (static_cast<int>(groups.size()) > pending_groups) {
     for (const Pending& copy : groups.front()) {
       if (copy.valid) {
-        memcpy(copy.shared, copy.global, 16);
+        memcpy(copy.shared, copy.global, copy.bytes);
       } else {
-        memset(copy.shared, 0, 16);
+        memset(copy.shared, 0, copy.bytes);
       }
     }
     groups.erase(groups.begin());

@@ -22,6 +22,7 @@ struct Pending {  // one cp.async
   unsigned char* shared;
   const void* global;
   bool valid;
+  int bytes;
 };
 
 // The running thread.

@@ -5,11 +5,16 @@
 
 namespace sage::ptx {
 
-inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    sim::fail("cp_async_16 from %p, not a multiple of 16", global);
+template <int kBytes>
+void cp_async(uint32_t shared, const void* global, bool valid) {
+  if (valid && reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
+    sim::fail("cp_async of %d bytes from %p, not a multiple of them", kBytes, global);
   }
-  sim::copy_later({sim::shared_at("cp_async_16", shared, 16, 16), global, valid});
+  sim::copy_later({sim::shared_at("cp_async", shared, kBytes, kBytes), global, valid, kBytes});
+}
+
+inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  cp_async<16>(shared, global, valid);
 }
 
 inline void cp_async_commit() { sim::commit_copies(); }
