@@ -41,6 +41,11 @@ BUDGETS = (
     ("query_terms*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
     ("combine_splits*", 64, "latency is hidden by warps"),
+    ("fp4_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("fp4_write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("fp4_reduce", 64, "a block of 1024 threads"),
+    ("fp4_queries*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
+    ("fp4_delta*", 128, "two blocks of 256 threads a multiprocessor"),
     ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
 )
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
@@ -61,6 +66,8 @@ class Kernel:
     @property
     def warpgroups(self) -> bool:
         """Whether it was written for warpgroup-level matrix products: its configuration says so, not its code."""
+        if "fp4" in self.name:
+            return False
         return self.arch == "90a" and re.match(r"\w+<\w+ (E4m3Values|HalfValues|\d+>)", self.name) is not None
 
     @property
@@ -88,7 +95,7 @@ def short_name(mangled: str) -> str:
             parts.append(mangled[at:end])
             at = end
         enum = enum or bool(match["enum"])
-    scopes = ("sage", "sm80", "sm89", "sm90", "AttentionShape")
+    scopes = ("sage", "sm80", "sm89", "sm90", "sm120", "AttentionShape")
     skip = lambda part: part in scopes or part.startswith("_") or part.endswith(("Call", "Params"))  # noqa: E731
     parts = [p for p in parts if not skip(p)] or [mangled]
     return f"{parts[0]}<{' '.join(parts[1:])}>" if parts[1:] else parts[0]
@@ -106,6 +113,9 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
             ("USETMAXREG", "registers handed from the loader to the consumers"),
         ]
     wanted = []
+    if "_fp4" in name:
+        product = ("OMMA", "FP4 products") if kernel.arch == "120a" else ("HMMA", "FP4 products through f16")
+        return [product, ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
     if name.startswith(("attention_", "backward_d")):
         wanted += [("IMMA", "INT8 scores"), ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
     if name.startswith(("backward_dq", "backward_dkv")) and "Train8" in name:
@@ -163,7 +173,7 @@ def violations(kernels: list[Kernel]) -> list[str]:
 
 OPCODE = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"
-    r"(IMMA|QMMA|HMMA|IGMMA|QGMMA|HGMMA|WARPGROUP\.\w+|UTMALDG|USETMAXREG|LDSM|LDGSTS|STL|LDL|MUFU)\b"
+    r"(IMMA|QMMA|OMMA|HMMA|IGMMA|QGMMA|HGMMA|WARPGROUP\.\w+|UTMALDG|USETMAXREG|LDSM|LDGSTS|STL|LDL|MUFU)\b"
 )
 
 

@@ -43,6 +43,11 @@ SAGE_HOST_DEVICE GroupScale tensor_scale(float amax) {
   return {power_of_two(exponent), power_of_two(-exponent)};
 }
 
+// 1/scale of a normal power of two, 0 for 0.
+SAGE_HOST_DEVICE float inverse_power(float scale) {
+  return scale == 0.0f ? 0.0f : bits_float((254u << 23) - float_bits(scale));
+}
+
 // e4m3(amax · fraction), and what elements are multiplied by.
 SAGE_HOST_DEVICE GroupScale block_scale(float amax, float fraction) {
   const float scale = round_e4m3(amax * fraction);

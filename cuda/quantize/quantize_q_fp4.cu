@@ -40,12 +40,13 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_queries(const QuantizeQFp
         ((static_cast<int64_t>(b) * shape.queries + token) * shape.heads + head) * shape.head_dim;
     if (token < valid) pieces[i].load(p.q, p.q_dtype, at, channel, shape.head_dim);
   }
-  float x[kPerThread][kChannels], mean[kChannels];
+  float x[kPerThread][kChannels] = {}, mean[kChannels];
   uint32_t bad = 0, used = 0;  // bit i: of token i
   load_floats(mean, p.k_mean + kv_plane * kHeadDim + channel);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int token = first + kRowsAtOnce * i;
+    if (!ptx::always(shape.queries, kPerThread + i)) continue;  // one after the other: fewer registers
     const bool finite = whole_token<Rows::kThreadsPerToken>(pieces[i].finite());
     bad |= finite ? 0u : 1u << i;
     used |= finite && token < valid ? 1u << i : 0u;
@@ -75,13 +76,8 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_queries(const QuantizeQFp
   float z[kRowsAtOnce];
 #pragma unroll
   for (int i = 0; i < kRowsAtOnce; ++i) z[i] = rows[part][i][c];
-#pragma unroll
-  for (int half = kRowsAtOnce / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) z[i] += z[i + half];
-  }
   __syncthreads();
-  rows[part][0][c] = z[0];
+  rows[part][0][c] = sum_by_halves(z);
   int count = 0;
   for (int i = 0; i < kRowsAtOnce; ++i) count += used_tokens[i];
   __syncthreads();
@@ -111,6 +107,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_queries(const QuantizeQFp
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int token = first + kRowsAtOnce * i;
+    if (!ptx::always(shape.queries, i)) continue;
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) x[i][k] *= tensor.inverse;
     const GroupScale scale = pair_scale(x[i], p.four_or_six);
@@ -122,7 +119,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_queries(const QuantizeQFp
 
 // A block has 64 keys of one (batch, key head) and the means of all its query heads, 32 at a time.
 template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(kTileKeys* kMeanLanes) fp4_delta(const QuantizeQFp4Params p) {
+__global__ void __launch_bounds__(kTileKeys* kMeanLanes, 2) fp4_delta(const QuantizeQFp4Params p) {
   // keys [kHeadDim][65], means [32][kHeadDim]
   constexpr int kStride = kTileKeys + 1;
   float* const keys = reinterpret_cast<float*>(ptx::dynamic_shared());
@@ -133,7 +130,7 @@ __global__ void __launch_bounds__(kTileKeys* kMeanLanes) fp4_delta(const Quantiz
   const int first = index / shape.kv_heads % tiles * kTileKeys, b = index / shape.kv_heads / tiles;
   const int valid = min(p.bounds[3 * static_cast<int64_t>(b) + 1], shape.keys);
   const int64_t plane = static_cast<int64_t>(b) * shape.kv_heads + head;
-  const float tensor = p.k_tensor[plane], inverse = tensor == 0.0f ? 0.0f : 1.0f / tensor;
+  const float inverse = inverse_power(p.k_tensor[plane]);
 
   constexpr int kThreadsPerToken = kHeadDim / kChannels;
   const int channel = static_cast<int>(threadIdx.x) % kThreadsPerToken * kChannels;
