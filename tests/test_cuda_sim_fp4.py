@@ -91,13 +91,15 @@ def check(case, recipe, bad=False):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_case(case):
+    """The arrangement of warps of architectures with FP4 products and that of the others take turns."""
+    sim.settings(architecture=(80, 120)[CASES.index(case) % 2])
     check(case, SAGE3)
 
 
 @pytest.mark.parametrize("recipe", [SAGE3.replace(name="published", published=True), BARE], ids=lambda r: r.name)
-@pytest.mark.parametrize("schedule", [1, 7])
-def test_recipes_and_orders_of_threads(recipe, schedule):
-    sim.settings(schedule=schedule)
+@pytest.mark.parametrize("architecture, schedule", [(80, 1), (120, 7)])
+def test_recipes_and_orders_of_threads(recipe, architecture, schedule):
+    sim.settings(architecture=architecture, schedule=schedule)
     check(by_name["everything"], recipe)
 
 

@@ -26,6 +26,17 @@ __device__ __forceinline__ void store_two(void* out, Dtype dtype, int64_t at, fl
   }
 }
 
+// Channels `channel` and `channel` + 1, an even number of them before, of a row of `channels` that begins at `row`.
+__device__ __forceinline__ void store_channels(void* out, Dtype dtype, int64_t row, int channel,
+                                               int channels, float x, float y) {
+  if (channels % 2 == 0) {
+    if (channel < channels) store_two(out, dtype, row + channel, x, y);
+  } else {
+    if (channel < channels) store_one(out, dtype, row + channel, x);
+    if (channel + 1 < channels) store_one(out, dtype, row + channel + 1, y);
+  }
+}
+
 // Up to `count` of eight neighbouring outputs; `aligned` if `at` is a multiple of 8.
 __device__ __forceinline__ void store_eight(void* out, Dtype dtype, int64_t at, float4 low,
                                             float4 high, int count, bool aligned) {

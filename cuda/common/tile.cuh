@@ -84,9 +84,14 @@ struct SharedTile {
   static __device__ __forceinline__ void load_b16_interleaved(uint32_t (&b)[4], uint32_t tile,
                                                               int row, int pair, int step) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, matrix = lane / 8, c = lane % 8;
-    const int from = c / 2 * 8 + c % 2 + matrix / 2 * 2 + 4 * pair;
-    const int chunk = 2 * step + matrix % 2;
-    ptx::ldmatrix_x4(b, tile + row * kRowBytes + offset(from, chunk));
+    const int from = c / 2 * 8 + c % 2 + matrix / 2 * 2;  // and 4·pair
+    // The twist of row `from` + 4·pair, as offset() has it, in two parts of which one depends on the lane.
+    const int twist = kRowBytes == 32 ? 0 : kRowBytes == 64 ? matrix / 2 : c % 2 + matrix / 2 * 2;
+    const int moved = 2 * step ^ (kRowBytes == 32 ? pair : kRowBytes == 64 ? 2 * pair : 4 * pair);
+    const int chunk = matrix % 2 ^ twist;
+    // In rows of 64 bytes the parts share no bit: all loads of a tile share one register.
+    const int place = kRowBytes == 64 ? chunk + moved : chunk ^ moved;
+    ptx::ldmatrix_x4(b, tile + from * kRowBytes + place * kChunkBytes + (row + 4 * pair) * kRowBytes);
   }
 
   // The same for columns [row, row + 8) and k = bytes [64·half, 64·half + 64): b[0], b[1] for the

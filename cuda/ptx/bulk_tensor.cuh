@@ -6,11 +6,17 @@
 
 namespace sage::ptx {
 
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kHasBulkCopies = true;
+#else
+inline constexpr bool kHasBulkCopies = false;
+#endif
+
 // Copies the box at (x, y, z), innermost coordinate first. `barrier` counts the bytes.
 __device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t shared, const void* tensor_map,
                                                         uint32_t barrier, int x, int y, int z) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+      "cp.async.bulk.tensor.3d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
       "{%3, %4, %5}], [%2];" ::"r"(shared),
       "l"(tensor_map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
@@ -20,7 +26,7 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t shared, const v
 __device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* global, uint32_t bytes,
                                               uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           shared),
       "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
       : "memory");

@@ -1,4 +1,4 @@
-// mbarrier: a barrier in shared memory that counts arrivals of threads and bytes of bulk copies. It
+// mbarrier (sm_80 and later; bytes of copies: sm_90): a barrier in shared memory that counts arrivals of threads and bytes of bulk copies. It
 // has a phase bit that flips each time all of them have come; a wait names the phase it waits for.
 #pragma once
 
@@ -12,11 +12,13 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
 
 // Makes initialised barriers visible to the copy engine, before the block's first barrier.
 __device__ __forceinline__ void fence_mbarrier_init() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
 
 // Arrives, and makes the phase wait for `bytes` of copies as well.
@@ -40,6 +42,7 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t ph
 // Waits until it is. The hint, in nanoseconds, lets the hardware suspend the thread: without it the
 // loop spins, and takes the scheduler's turns away from other warps.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
   uint32_t done;
   do {
     asm volatile(
@@ -49,6 +52,10 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) 
         : "r"(barrier), "r"(phase), "r"(10000000)
         : "memory");
   } while (done == 0);
+#else
+  while (!mbarrier_test_wait(barrier, phase)) {
+  }
+#endif
 }
 
 }  // namespace sage::ptx

@@ -1,21 +1,11 @@
-// The forward operation of FP4 recipes: mask summaries, then the one kernel.
+// For the block-scaled FP4 products of sm_120a: three warps a scheduler.
+#include "sm120/attend_fp4.h"
 #include "sm120/attention_fwd_fp4.cuh"
 
-namespace sage {
+namespace sage::sm120 {
 
-const char* attend_fp4(const AttendFp4Params& params, Stream stream) {
-  const char* error = summarize_masks(params.shape, params.masks, params.workspace, stream);
-  if (error != nullptr) return error;
-  switch (params.shape.padded_dim) {
-    case 64:
-      return sm120::launch_attention_fwd_fp4<64>(params, stream);
-    case 128:
-      return sm120::launch_attention_fwd_fp4<128>(params, stream);
-    case 256:
-      return sm120::launch_attention_fwd_fp4<256>(params, stream);
-    default:
-      return "the padded head dimension must be 64, 128 or 256";
-  }
+const char* attend_fp4_native(const AttendFp4Params& params, Stream stream) {
+  return attend_with<12>(params, stream);
 }
 
-}  // namespace sage
+}  // namespace sage::sm120

@@ -321,12 +321,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
         const float mean = Values::kFormat == PvFormat::kE4m3 ? block.value_means[channel + k] : 0.0f;
         x[k] = l == 0.0f ? 0.0f : fmaf(o[r][n][2 * c + k] * factor, scale, mean);
       }
-      if (shape.head_dim % 2 == 0) {
-        if (channel < shape.head_dim) store_two(p.out, p.out_dtype, out_at + channel, x[0], x[1]);
-      } else {
-        if (channel < shape.head_dim) store_one(p.out, p.out_dtype, out_at + channel, x[0]);
-        if (channel + 1 < shape.head_dim) store_one(p.out, p.out_dtype, out_at + channel + 1, x[1]);
-      }
+      store_channels(p.out, p.out_dtype, out_at, channel, shape.head_dim, x[0], x[1]);
     }
   }
 }

@@ -12,6 +12,7 @@
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/softmax.cuh"
+#include "common/tensor_map.h"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
@@ -21,7 +22,6 @@
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
 #include "sm90/store_rows.cuh"
-#include "sm90/tensor_map.h"
 
 namespace sage::sm90 {
 
@@ -377,9 +377,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
-// Query heads whose keys and values take about this much of the L2 cache.
-inline constexpr int64_t kGroupBytes = 16 << 20;
-
 template <class Config>
 const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   using Values = typename Config::Values;
@@ -390,19 +387,12 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   ForwardCall call = {};
   call.p = params;
   call.zero = 0.0f;
-  call.row_blocks = (s.queries + Config::kRows - 1) / Config::kRows;
-  if (planes * call.row_blocks > INT32_MAX) {
-    return "batch · heads · query length needs more than 2^31 blocks; split the batch.";
-  }
-  call.items = static_cast<int>(planes * call.row_blocks);
   const int64_t head_bytes =
       static_cast<int64_t>(s.keys) * Config::kHeadDim * (1 + Values::kElementBytes);
-  const int64_t sharing = s.heads / s.kv_heads;
-  const int64_t fitting = (kGroupBytes / head_bytes + 1) * sharing;
-  call.group_heads = static_cast<int>(fitting < planes ? fitting : planes);
-
+  const char* error = plan_row_blocks(call.work, s, Config::kRows, head_bytes);
+  if (error != nullptr) return error;
   constexpr int kHeadDim = Config::kHeadDim;
-  const char* error = encode_tensor_map(
+  error = encode_tensor_map(
       call.q, {params.q8, 1, kHeadDim, s.queries, planes, kHeadDim, Config::kRows});
   if (error == nullptr) {
     error = encode_tensor_map(call.k,
@@ -417,7 +407,7 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
                     : TensorMapSpec{params.v_pv, 2, kHeadDim, s.keys, kv_planes, 64, Config::kKeys});
   }
   if (error != nullptr) return error;
-  const int blocks = multiprocessors() < call.items ? multiprocessors() : call.items;
+  const int blocks = multiprocessors() < call.work.items ? multiprocessors() : call.work.items;
   return launch(attention_fwd<Config>, dim3(blocks), Config::kThreads, Config::kSharedBytes, stream,
                 call);
 }

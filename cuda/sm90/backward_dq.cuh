@@ -8,9 +8,9 @@
 #pragma once
 
 #include "common/launch.h"
+#include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"
 #include "sm90/store_rows.cuh"
-#include "sm90/tensor_map.h"
 
 namespace sage::sm90 {
 

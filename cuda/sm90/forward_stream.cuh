@@ -6,6 +6,7 @@
 #include <cuda.h>
 
 #include "common/mask.cuh"
+#include "common/row_blocks.cuh"
 #include "common/tile.cuh"
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/mbarrier.cuh"
@@ -16,27 +17,8 @@ namespace sage::sm90 {
 struct ForwardCall {
   AttendParams p;
   CUtensorMap q, k, v;
-  int row_blocks;   // of one head
-  int group_heads;  // query heads whose keys and values fit the L2 cache together
-  int items;        // row blocks of all heads
-  float zero;       // 0, which the compiler does not know: see forward_softmax.cuh
-};
-
-// One row block of one head. Heads go in groups, whose keys and values stay in the L2 cache; in a
-// group the last rows come first, because under a causal mask they see the most keys.
-struct WorkItem {
-  int b, n, row;
-
-  __device__ WorkItem(const ForwardCall& call, int item, int rows) {
-    const int heads = call.p.shape.heads, planes = call.p.shape.batch * heads;
-    const int group_items = call.group_heads * call.row_blocks;
-    const int first = item / group_items * call.group_heads, within = item % group_items;
-    const int size = min(call.group_heads, planes - first);
-    const int plane = first + within % size;
-    b = plane / heads;
-    n = plane % heads;
-    row = (call.row_blocks - 1 - within / size) * rows;
-  }
+  RowBlocks work;
+  float zero;  // 0, which the compiler does not know: see forward_softmax.cuh
 };
 
 // What consumers need of a row block.
@@ -73,11 +55,9 @@ class Producer {
 
   __device__ void run() {
     const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    for (int turn = 0; turn * blocks < call_.items; ++turn) {
-      // There and back, so that a block with a long row block in one turn has a short one in the
-      // next.
-      const int item = turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
-      if (item < call_.items) row_block(item);
+    for (int turn = 0; turn * blocks < call_.work.items; ++turn) {
+      const int item = RowBlocks::item(turn, block, blocks);
+      if (item < call_.work.items) row_block(item);
     }
     if (lane() == 0) emit({0, kStop, {0.0f, 0.0f}});
   }
@@ -88,7 +68,7 @@ class Producer {
   __device__ void row_block(int item) {
     using Slot = typename Config::Slot;
     const AttendParams& p = call_.p;
-    const WorkItem work(call_, item, Config::kRows);
+    const RowBlock work = call_.work.at(p.shape, item, Config::kRows);
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
     ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);

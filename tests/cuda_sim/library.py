@@ -24,6 +24,7 @@ CUDA = HERE.parent.parent / "cuda"
 BUILD = HERE.parent.parent / "build" / "cuda_sim"
 SOURCES = (
     "attend.cu",
+    "attend_fp4.cu",
     "common/mask_summary.cu",
     "quantize/quantize_kv.cu",
     "quantize/quantize_kv_fp4.cu",
@@ -35,6 +36,7 @@ SOURCES = (
     "sm89/attention_fwd.cu",
     "sm90/attention_fwd_mma.cu",
     "sm120/attention_fwd_fp4.cu",
+    "sm120/attention_fwd_fp4_emulated.cu",
     "sm90/absent.cc",  # wgmma has no twin on the host
 )
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wall -Wno-unknown-pragmas -x c++".split()

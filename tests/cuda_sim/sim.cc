@@ -204,6 +204,11 @@ void barrier() {
   for (const uint64_t g = barrier_generation; barrier_generation == g;) yield("__syncthreads");
 }
 
+void wait_until(const char* name, const std::function<bool()>& ready) {
+  while (!ready()) yield(name);
+  ++progress;
+}
+
 unsigned char* shared_at(const char* name, uint32_t address, size_t bytes, size_t alignment) {
   if (address % alignment != 0)
     fail("%s at shared address %u, not a multiple of %zu", name, address, alignment);

@@ -40,6 +40,9 @@ void warp_collective(const char* name, void* operands, const std::function<void(
 
 void barrier();
 
+// Lets the other threads run until `ready` says true.
+void wait_until(const char* name, const std::function<bool()>& ready);
+
 unsigned char* shared_memory();
 size_t shared_bytes();
 // The shared memory at `address`, which must hold `bytes` bytes at a multiple of `alignment`.

@@ -1,6 +1,7 @@
 // Host version of cuda/ptx/cp_async.cuh: copies happen when their group is waited for, no earlier.
 #pragma once
 
+#include "ptx/mbarrier.cuh"
 #include "sim.h"
 
 namespace sage::ptx {
@@ -22,6 +23,13 @@ inline void cp_async_commit() { sim::commit_copies(); }
 template <int kPending>
 void cp_async_wait_group() {
   sim::finish_copies(kPending);
+}
+
+// Copies land with the arrival.
+inline void cp_async_mbarrier_arrive(uint32_t barrier) {
+  cp_async_commit();
+  cp_async_wait_group<0>();
+  mbarrier_arrive(barrier);
 }
 
 }  // namespace sage::ptx

@@ -7,18 +7,10 @@
 
 #include <cstdint>
 
-namespace sage::sm90 {
-
-// The number of multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
+namespace sage {
 
 // A dense tensor of `elements` bytes wide entries, [planes][rows][columns], taken in boxes of
-// box_rows × box_columns that are swizzled to rows of `box_columns · element_bytes` (64 or 128)
+// box_rows × box_columns that are swizzled to rows of `box_columns · element_bytes` (32, 64 or 128)
 // bytes. Rows of the tensor are a multiple of 16 bytes.
 struct TensorMapSpec {
   const void* data;
@@ -49,8 +41,10 @@ inline const char* encode_tensor_map(CUtensorMap& map, const TensorMapSpec& t) {
   const cuuint32_t steps[3] = {1, 1, 1};
   const auto type = t.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16  // bits are bits
                                          : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  const auto swizzle = t.box_columns * t.element_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                             : CU_TENSOR_MAP_SWIZZLE_128B;
+  const int box_bytes = t.box_columns * t.element_bytes;
+  const auto swizzle = box_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
+                       : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                         : CU_TENSOR_MAP_SWIZZLE_128B;
   const CUresult status =
       encode(&map, type, 3, const_cast<void*>(t.data), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -60,4 +54,4 @@ inline const char* encode_tensor_map(CUtensorMap& map, const TensorMapSpec& t) {
                                   "too large for the copy engine; split the batch";
 }
 
-}  // namespace sage::sm90
+}  // namespace sage
