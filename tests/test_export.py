@@ -18,7 +18,8 @@ from sage_jax import _ffi, _workspace
 attend = functools.partial(sage_jax.dot_product_attention, is_causal=True)
 TARGETS = tuple(f"sage_jax_{name}" for name in _ffi.LAYOUTS if not name.endswith("_fp4"))
 FORWARD = set(TARGETS) - {"sage_jax_attend_backward"}
-ALLOWED = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
+FP4 = tuple(f"sage_jax_{name}" for name in _ffi.LAYOUTS if name.endswith("_fp4"))
+ALLOWED = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*TARGETS, *FP4)]
 B, T, S, N, K, H = 2, 24, 40, 4, 2, 16
 
 
@@ -90,6 +91,36 @@ def test_round_trip_runs_here(platforms):
     )
     again = jax.export.deserialize(exported.serialize())
     for got, want in zip(again.call(*x), gradients(*x), strict=True):
+        assert relative_l2(got, want) < 1e-6
+
+
+SAGE3 = sage_jax.recipes["sage3"]
+fp4_gradients = functools.partial(gradients, recipe=SAGE3.replace(backward="train8"))
+
+
+def test_fp4_calls_have_the_operands_and_attributes_of_the_contract():
+    text = cuda_text(functools.partial(attend, recipe="sage3"), *inputs(jnp.bfloat16))
+    assert called(text) == set(FP4)
+    lines = {name: next(x for x in text.splitlines() if f"@{name}(" in x) for name in FP4}
+    quantize_kv, quantize_q, forward = (lines[name] for name in FP4)
+    assert all(f"{flag} = 1 : i32" in quantize_kv for flag in ("four_or_six", "smooth_k", "smooth_v"))
+    assert all(f"{flag} = 1 : i32" in quantize_q for flag in ("four_or_six", "smooth_q"))
+    codes, delta = "tensor<2x2x40x32xui8>", "tensor<2x4x1x40xf32>"  # of K; ΔS
+    assert codes in quantize_kv and codes in forward and delta in quantize_q and delta in forward
+    assert "window_right = 0 : i64" in forward and "tensor<2x24x4x16xbf16>" in forward
+    for name, line in lines.items():
+        masking = dict(mask_shape=(0, 0, 0, 0), segments=False)
+        size = _workspace.fp4_bytes(name.removeprefix("sage_jax_"), B, T, S, N, K, 64, masking)
+        assert line.rstrip().endswith(f"tensor<{size}xui8>)")
+
+
+@pytest.mark.parametrize("f", [functools.partial(attend, recipe="sage3"), fp4_gradients], ids=["forward", "gradients"])
+def test_fp4_survives_export(f):
+    x = inputs()
+    exported = jax.export.export(jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=ALLOWED)(*x)
+    again = jax.export.deserialize(exported.serialize())
+    assert called(str(again.mlir_module())) == set(FP4) | (set(TARGETS) if f is fp4_gradients else set())
+    for got, want in zip(jax.tree.leaves(again.call(*x)), jax.tree.leaves(f(*x)), strict=True):
         assert relative_l2(got, want) < 1e-6
 
 

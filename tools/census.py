@@ -25,6 +25,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import loops  # noqa: E402
 ARCHS = "80;89;90a;120a"
 # (kernel, registers, why): what a kernel may use, the first match counting. A matrix kernel has its multiprocessor to
 # itself and may use all that an instruction can name.
@@ -48,6 +50,13 @@ BUDGETS = (
     ("fp4_delta*", 128, "two blocks of 256 threads a multiprocessor"),
     ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
 )
+# What a turn of a kernel's main loop may cost, per warp: (architecture, kernel): (product, products, instructions with
+# rare paths, registers). For d=128 the published kernel has 850 instructions for as many scores (16 x 128), and 168
+# registers; for d=64 a kernel of its structure would have 770 (docs/kernels/sm120_fp4.md).
+LOOPS = {
+    ("120a", "attention_fwd_fp4<ForwardConfig 128 12>"): ("OMMA", 64, 800, 168),
+    ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): ("OMMA", 32, 660, 168),
+}
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
 
@@ -62,6 +71,7 @@ class Kernel:
     stack: int = 0
     shared: int = 0
     instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    code: list = dataclasses.field(default_factory=list)  # (address, text), of kernels in LOOPS
 
     @property
     def warpgroups(self) -> bool:
@@ -115,7 +125,12 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
     wanted = []
     if "_fp4" in name:
         product = ("OMMA", "FP4 products") if kernel.arch == "120a" else ("HMMA", "FP4 products through f16")
-        return [product, ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
+        wanted = [product, ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
+        if arch >= 90:
+            wanted.append(("UTMALDG", "tensor copies"))
+        if name.endswith(" 12>"):
+            wanted.append(("USETMAXREG", "registers handed from the loader to the consumers"))
+        return wanted
     if name.startswith(("attention_", "backward_d")):
         wanted += [("IMMA", "INT8 scores"), ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
     if name.startswith(("backward_dq", "backward_dkv")) and "Train8" in name:
@@ -147,6 +162,21 @@ def _warpgroup_violations(k: Kernel, where: str) -> list[str]:
     return found
 
 
+def _loop_violations(k: Kernel, where: str) -> list[str]:
+    product, products, most, registers = LOOPS[k.arch, k.name]
+    loop = loops.main_loop(k.code, product)
+    if loop is None:
+        return [f"{where} has no loop around {product}."]
+    found = []
+    if loop.count(product) != products:
+        found.append(f"{where} executes {loop.count(product)} {product} in a turn of its main loop, not {products}.")
+    if loop.instructions > most:
+        found.append(f"{where} has {loop.instructions} instructions in its main loop, more than {most}.")
+    if k.registers > registers:
+        found.append(f"{where} uses {k.registers} registers, more than {registers}.")
+    return found
+
+
 def violations(kernels: list[Kernel]) -> list[str]:
     """One sentence for everything that is not as it should be."""
     found = []
@@ -165,6 +195,8 @@ def violations(kernels: list[Kernel]) -> list[str]:
                 found.append(f"{where} has no budget of registers; give it one in BUDGETS.")
             elif k.registers > budget:
                 found.append(f"{where} uses {k.registers} registers, more than {budget} ({why}).")
+        if (k.arch, k.name) in LOOPS:
+            found += _loop_violations(k, where)
         for opcode, reason in expected(k):
             if not k.instructions[opcode]:
                 found.append(f"{where} has no {opcode} instruction ({reason}).")
@@ -186,8 +218,11 @@ def parse_sass(lines, kernels: dict[tuple[str, str], Kernel]):
         elif "Function :" in line:
             mangled = line.split("Function :")[1].strip()
             current = kernels.setdefault((arch, mangled), Kernel(arch, short_name(mangled)))
-        elif current is not None and (match := OPCODE.match(line)):
-            current.instructions[match[1]] += 1
+        elif current is not None:
+            if match := OPCODE.match(line):
+                current.instructions[match[1]] += 1
+            if (arch, current.name) in LOOPS and (instruction := loops.instruction(line)):
+                current.code.append(instruction)
 
 
 def parse_resources(lines, kernels: dict[tuple[str, str], Kernel]):
@@ -275,13 +310,25 @@ def _available(name: str) -> bool:
 
 
 def table(kernels: list[Kernel]) -> str:
-    columns = ("IMMA", "QMMA", "HMMA", "IGMMA", "QGMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG", "MUFU")
+    columns = "IMMA QMMA HMMA OMMA IGMMA QGMMA HGMMA LDSM LDGSTS UTMALDG MUFU".split()
     width = max(len(k.name) for k in kernels)
     head = f"{'kernel':{width}} {'arch':>5} {'regs':>5} {'stack':>5} {'spills':>6}"
-    lines = [head + "".join(f"{c:>7}" for c in columns)]
+    lines = [head + "".join(f"{c:>8}" for c in columns)]
     for k in kernels:
-        counts = "".join(f"{k.instructions[c]:>7}" for c in columns)
+        counts = "".join(f"{k.instructions[c]:>8}" for c in columns)
         lines.append(f"{k.name:{width}} {k.arch:>5} {k.registers:>5} {k.stack:>5} {k.spills:>6}{counts}")
+    return "\n".join(lines)
+
+
+def loop_table(kernels: list[Kernel]) -> str:
+    """Instructions of the main loops in LOOPS by class: of every turn, and of rare paths."""
+    lines = []
+    for k in kernels:
+        if (k.arch, k.name) in LOOPS and (loop := loops.main_loop(k.code, LOOPS[k.arch, k.name][0])):
+            always, sometimes = loops.by_class(loop.always), loops.by_class(loop.sometimes)
+            lines.append(f"main loop of {k.name} for sm_{k.arch}: {loop.always.total()} instructions a turn, "
+                         f"{loop.sometimes.total()} on rare paths")  # fmt: skip
+            lines += [f"  {name:13}{n:>5}{sometimes[name]:>5}" for name, n in always.items()]
     return "\n".join(lines)
 
 
@@ -296,6 +343,7 @@ def main(argv=None) -> int:
         raise SystemExit(f"census: {library} does not exist; leave --library out to build one.")
     kernels = take(library)
     print(table(kernels))
+    print(loop_table(kernels))
     built = {k.arch for k in kernels}
     found = violations(kernels)
     if options.library is None:

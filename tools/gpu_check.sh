@@ -109,7 +109,7 @@ step_sanitize() {
   for tool in memcheck racecheck synccheck; do
     echo "-- $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-      "$python" -m pytest -m gpu -q -k sanitizer tests/test_gpu.py || code=$?
+      "$python" -m pytest -m gpu -q -k sanitizer tests/test_gpu.py tests/test_gpu_fp4.py || code=$?
   done
   return $code
 }

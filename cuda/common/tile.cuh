@@ -112,6 +112,14 @@ struct SharedTile {
   }
 };
 
+// x in shared memory, read by lane 0 for the whole warp: by the lane that will say that the warp has done with it.
+template <class T>
+__device__ __forceinline__ T from_lane_0(const T& x) {
+  T y = 0;
+  if (threadIdx.x % kWarpSize == 0) y = x;
+  return __shfl_sync(kFullWarp, y, 0);
+}
+
 // The largest value among the four lanes that hold one row of an accumulator, and the sum.
 template <class T>
 __device__ __forceinline__ T quad_max(T x) {

@@ -62,7 +62,7 @@ class Consumer {
           if (!(view & all)) {
             const Slot& block = slot_of(view);
             hide(s_, block.mask, block.row + warp_row_ + lane_ / 4,
-                 Config::notes(shared_)[stage()].key + half * Config::kHalfKeys);
+                 from_lane_0(Config::notes(shared_)[stage()].key) + half * Config::kHalfKeys);
           }
           weigh(half);
         }
@@ -71,7 +71,7 @@ class Consumer {
         view = wait_for_tile();
       }
       finish_rows(slot_of(view));
-      release(Config::slot_empty(view >> kSlotBit & 1));
+      ptx::mbarrier_arrive(base_ + Config::slot_empty(view >> kSlotBit & 1));
       view = wait_for_tile();
     }
   }
@@ -235,21 +235,17 @@ class Consumer {
   // What the rows see of the next tile, when it is there.
   __device__ __forceinline__ uint32_t wait_for_tile() {
     ptx::mbarrier_wait(base_ + Config::full(stage()), tile_ / Config::kStages % 2);
-    return Config::notes(shared_)[stage()].view;
+    return from_lane_0(Config::notes(shared_)[stage()].view);
   }
 
+  // All lanes of the warp have done with the tile.
   __device__ __forceinline__ void release_tile() {
-    release(Config::empty(stage()));
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(base_ + Config::empty(stage()));
     ++tile_;
   }
 
   __device__ __forceinline__ int stage() const { return static_cast<int>(tile_ % Config::kStages); }
-
-  // All lanes of the warp have done with it.
-  __device__ __forceinline__ void release(int barrier) {
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(base_ + barrier);
-  }
 
   struct alignas(4 * Config::kSteps) Scales {
     uint32_t x[Config::kSteps];
@@ -278,7 +274,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::mbarrier_init(base + Config::empty(i), Config::kConsumers);
     }
     for (int i = 0; i < Config::kSlots; ++i) {
-      ptx::mbarrier_init(base + Config::slot_empty(i), Config::kConsumers);
+      ptx::mbarrier_init(base + Config::slot_empty(i), Config::kConsumers * kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }

@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::mbarrier_init(base + Config::v_empty(i), 4 * Config::kGroups);
     }
     for (int i = 0; i < Config::kSlots; ++i) {
-      ptx::mbarrier_init(base + Config::slot_full(i), 1);
+      ptx::mbarrier_init(base + Config::slot_full(i), kWarpSize);
       ptx::mbarrier_init(base + Config::slot_empty(i), 4 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();

@@ -192,8 +192,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
   while (true) {
     ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
-    const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
-    if (ptx::uniform(note.flags) & Config::kStop) break;
+    const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
+    const uint32_t flags = from_lane_0(note.flags);
+    if (flags & Config::kStop) break;
     const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
     const uint32_t queries = units + scores_at / 16;
     // The gradient products of the tile before: the scores would have to wait for them anyway, and
@@ -235,13 +236,13 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       E4m3Values::pack(p_operand + 2 * c, e);
       E4m3Values::pack(g_operand + 2 * c, x);
     }
-    if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
+    if (__builtin_expect(flags & (Config::kHide << group), 0)) {
       using Rows = SharedTile<8, kHeadDim>;
       const unsigned char* const codes = shared;  // of the block's keys
       const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
       const uint32_t seen = seen_by_keys<Config>(
-          mask, MaskOffsets(p, __float_as_int(note.scale[0])), key + warp_row + g,
-          note.key * kGradientTile, codes + Rows::offset(warp_row + g, 0),
+          mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))), key + warp_row + g,
+          from_lane_0(note.key) * kGradientTile, codes + Rows::offset(warp_row + g, 0),
           codes + Rows::offset(warp_row + g + 8, 0));
       hide_codes(p_operand, seen);
       hide_codes(g_operand, seen);

@@ -88,13 +88,15 @@ class Producer {
     const float* const v_scale = p.v_scale + static_cast<int64_t>(kv_plane_) * Config::kHeadDim;
 #pragma unroll 1
     for (int i = lane(); i < Config::kHeadDim; i += kWarpSize) slot.v_scale[i] = v_scale[i];
-    __syncwarp();
+    const uint32_t full = base_ + Config::slot_full(slot_index);
     if (lane() == 0) {
-      const uint32_t full = base_ + Config::slot_full(slot_index);
       ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);
       ptx::cp_async_bulk_tensor_3d(base_ + Config::queries(slot_index), &call_.q, full, 0, work.row,
                                    plane);
+    } else {
+      ptx::mbarrier_arrive(full);
     }
+    __syncwarp();
     tiles(slot);
   }
 
