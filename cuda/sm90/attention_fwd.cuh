@@ -389,7 +389,8 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   call.zero = 0.0f;
   const int64_t head_bytes =
       static_cast<int64_t>(s.keys) * Config::kHeadDim * (1 + Values::kElementBytes);
-  const char* error = plan_row_blocks(call.work, s, Config::kRows, head_bytes);
+  const char* error =
+      plan_row_blocks(call.work, s, params.masks, Config::kRows, head_bytes, multiprocessors());
   if (error != nullptr) return error;
   constexpr int kHeadDim = Config::kHeadDim;
   error = encode_tensor_map(

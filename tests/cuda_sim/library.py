@@ -26,6 +26,7 @@ SOURCES = (
     "attend.cu",
     "attend_fp4.cu",
     "common/mask_summary.cu",
+    "common/row_blocks.cu",
     "quantize/quantize_kv.cu",
     "quantize/quantize_kv_fp4.cu",
     "quantize/quantize_q.cu",
