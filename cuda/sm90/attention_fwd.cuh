@@ -73,17 +73,24 @@ class Consumer {
       }
       softmax(p0_);
       shrink();
-      while (true) {
-        if (__builtin_expect(begin_step(p0_), 0)) break;
-        softmax(p1_);
-        end_step(p1_);
-        if (__builtin_expect(begin_step(p1_), 0)) break;
-        softmax(p0_);
-        end_step(p0_);
+      if constexpr (Config::kBuffers == 1) {
+        while (true) {
+          if (__builtin_expect(begin_step(p0_), 0)) break;
+          wait_for_output();
+          softmax(p0_);
+          shrink();
+        }
+      } else {
+        while (true) {
+          if (__builtin_expect(begin_step(p0_), 0)) break;
+          softmax(p1_);
+          end_step(p1_);
+          if (__builtin_expect(begin_step(p1_), 0)) break;
+          softmax(p0_);
+          end_step(p0_);
+        }
       }
-      ptx::wgmma_wait_group<0>();
-      ptx::keep_in_registers(o_);
-      release(Config::v_empty(before(stage_)));
+      wait_for_output();
       if (ended_) {
         finish_rows(Config::slots(shared_)[slot_]);
         release(Config::slot_empty(slot_));
@@ -131,10 +138,15 @@ class Consumer {
   // waits, is zero. But ptxas, which does not know it, cannot move the wait above the exponentials.
   __device__ __forceinline__ void end_step(const uint32_t (&p)[Config::kProbabilities]) {
     ptx::bar_arrive(1 + group_ + static_cast<int>(p[Config::kProbabilities - 1] >> 31), 128);
+    wait_for_output();
+    shrink();
+  }
+
+  // Waits for P·V of the tile before.
+  __device__ __forceinline__ void wait_for_output() {
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(o_);
     release(Config::v_empty(before(stage_)));
-    shrink();
   }
 
   __device__ __forceinline__ void shrink() {

@@ -13,14 +13,18 @@ struct ForwardConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "accumulators of more do not fit registers");
 
-  static constexpr int kGroups = 2;  // consumer warpgroups, 64 rows each
+  // Consumer warpgroups, 64 rows each. Three where registers allow: three warps a scheduler hide each other's
+  // latencies, and then one buffer of probabilities is enough.
+  static constexpr int kGroups = kHeadDim == 64 && Values::kElementBytes == 1 ? 3 : 2;
+  static constexpr int kBuffers = kGroups == 3 ? 1 : 2;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Scores, output and two tiles of probabilities lie in registers at the same time.
   static constexpr int kKeys = Values::kElementBytes == 1 || kHeadDim == 64 ? 128 : 64;
   static constexpr int kSlots = 2;  // row blocks under way
-    static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-  static constexpr int kLaunchRegisters = 168;  // the most that kThreads leave to each
+  static constexpr int kProducerRegisters = kGroups == 3 ? 56 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 3 ? 152 : 224;
+  static constexpr int kLaunchRegisters = kGroups == 3 ? 128 : 168;  // the most that kThreads leave to each
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=
                     (kGroups + 1) * kLaunchRegisters,
                 "a block has the registers that it was launched with");
