@@ -8,6 +8,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/tile.cuh"
@@ -27,14 +29,23 @@
 namespace sage::sm90 {
 
 inline constexpr int kGradientTile = 64;    // columns
-inline constexpr int kGradientGroups = 2;   // consumer warpgroups
-inline constexpr int kGradientRows = 64 * kGradientGroups;
-inline constexpr int kGradientThreads = 128 * (kGradientGroups + 1);
 inline constexpr int kGradientValues = kGradientTile / 2;  // of a thread, in a tile
 inline constexpr int kGradientRegisters = kGradientTile / 8;  // of a thread's 8-bit operand
 // Sums in the matrix unit keep about 14 bits: after this many tiles they go to float32 sums.
 inline constexpr int kExactTiles = 16;
 inline constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
+
+// A block of so many consumer warpgroups and a loader. setmaxnreg moves registers from the loader to them.
+template <int kGroups_, int kProducerRegisters_, int kConsumerRegisters_>
+struct GradientBlock {
+  static constexpr int kGroups = kGroups_, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
+  static constexpr int kProducerRegisters = kProducerRegisters_, kConsumerRegisters = kConsumerRegisters_;
+  static constexpr int kLaunchRegisters = kGroups == 3 ? 128 : 168;  // the most that kThreads leave to each
+  static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= (kGroups + 1) * kLaunchRegisters,
+                "a block has the registers that it was launched with");
+  static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes; kHide << group
+  static constexpr int kHideAll = (kHide << kGroups) - kHide;
+};
 
 // Calls emit(note) in lane 0 for every tile of [first, end) that look(note) finds visible, in order.
 // All lanes of a warp take part; they look at 32 tiles at once.

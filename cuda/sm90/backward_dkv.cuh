@@ -18,33 +18,35 @@ namespace sage::sm90 {
 struct DkvCall {
   BackwardCall p;
   CUtensorMap k, v, q, d_out, x, y;
-  int key_blocks;  // of one head
+  int key_blocks;   // of one head
+  int group_heads;  // query heads that share it
 };
 
 // ---------------------------------------------------------------------------------- tile constants
 
+template <int kHeadDim>
+using DkvBlock = std::conditional_t<kHeadDim == 64, GradientBlock<3, 32, 160>, GradientBlock<2, 40, 232>>;
+
 template <int kHeadDim_>
-struct DkvConfig {
+struct DkvConfig : DkvBlock<kHeadDim_> {
+  using Block = DkvBlock<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kProducerRegisters = kHeadDim == 128 ? 40 : 56;
-  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 232 : 224;
-  static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes
 
   // --------------------------------------------------------------------------- shared-memory map
   // K [128][kHeadDim] | V [128][kHeadDim] | kStages × { Q | dO [64][kHeadDim], terms [64] }
   //   | kStages × { x | y [kHeadDim][64] } | float32 sums of dK and dV of each warp | notes
   //   | queue of notes | mask | barriers
-  static constexpr int kRowsBytes = kGradientRows * kHeadDim;
+  static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
   static constexpr int kWarpBytes = 16 * kHeadDim * 4;  // of dK, and again of dV
-  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;
+  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;  // a power of two: stages follow from counts
   static constexpr int kScoresAt = 2 * kRowsBytes;
   static constexpr int kScoresBytes = 2 * kTileBytes + kTermsBytes;
   static constexpr int kSumsAt = kScoresAt + kStages * kScoresBytes;
   static constexpr int kSumsBytes = 2 * kTileBytes;
   static constexpr int kWarpsAt = kSumsAt + kStages * kSumsBytes;
-  static constexpr int kNotesAt = kWarpsAt + 4 * kGradientGroups * 2 * kWarpBytes;
+  static constexpr int kNotesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;
   static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
@@ -71,13 +73,25 @@ struct MaskOffsets {
   }
 };
 
+// Whether some key of the block holds a NaN or Inf.
+template <class Config>
+__device__ __forceinline__ bool bad_keys(const BackwardCall& p, int kv_plane, int key) {
+  const int tiles = tiles_of(p.shape.keys), tile = key / kTileKeys;
+  const float* const k_scale = p.k_scale + static_cast<int64_t>(kv_plane) * tiles;
+  bool bad = false;
+#pragma unroll
+  for (int group = 0; group < Config::kGroups; ++group) {
+    bad = bad || (tile + group < tiles && k_scale[tile + group] < 0.0f);
+  }
+  return bad;
+}
+
 template <class Config>
 __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char* shared,
                                              int kv_plane, int key) {
   const uint32_t base = ptx::shared_address(shared);
   const BackwardCall& p = call.p;
   const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
-  const int group_heads = p.shape.heads / p.shape.kv_heads;
   const int64_t padded = static_cast<int64_t>(tiles_of(p.shape.queries)) * kTileQueries;
   if (threadIdx.x == 0) {
     const uint32_t full = base + Config::kRowsFull;
@@ -85,14 +99,12 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
     ptx::cp_async_bulk_tensor_3d(base, &call.k, full, 0, key, kv_plane);
     ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, full, 0, key, kv_plane);
   }
-  const int tiles = tiles_of(p.shape.keys), tile = key / kTileKeys;
-  const float* const k_scale = p.k_scale + static_cast<int64_t>(kv_plane) * tiles;
-  const bool bad = k_scale[tile] < 0.0f || (tile + 1 < tiles && k_scale[tile + 1] < 0.0f);
-  const uint32_t flags = bad ? Config::kBadKeys | 3 * Config::kHide : 0;
 
-  int stage = 0, head = 0;
-  uint32_t phase = 0;
+  uint32_t count = 0;  // tiles so far
+  int head = 0;
   const auto emit = [&](const TileNote& note) {
+    const int stage = static_cast<int>(count % Config::kStages);
+    const uint32_t phase = count / Config::kStages % 2;
     const uint32_t scores_full = base + Config::scores_full(stage);
     const uint32_t sums_full = base + Config::sums_full(stage);
     const uint32_t scores = base + Config::kScoresAt + stage * Config::kScoresBytes;
@@ -105,7 +117,7 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
       ptx::mbarrier_arrive(scores_full);
       return;
     }
-    const int query = note.key * kGradientTile, plane = kv_plane * group_heads + head;
+    const int query = note.key * kGradientTile, plane = kv_plane * call.group_heads + head;
     ptx::mbarrier_arrive_expect_tx(scores_full, Config::kScoresBytes);
     ptx::cp_async_bulk_tensor_3d(scores, &call.q, scores_full, 0, query, plane);
     ptx::cp_async_bulk_tensor_3d(scores + Config::kTileBytes, &call.d_out, scores_full, 0, query,
@@ -116,21 +128,20 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
     ptx::mbarrier_arrive_expect_tx(sums_full, Config::kSumsBytes);
     ptx::cp_async_bulk_tensor_3d(sums, &call.x, sums_full, query, 0, plane);
     ptx::cp_async_bulk_tensor_3d(sums + Config::kTileBytes, &call.y, sums_full, query, 0, plane);
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
+    ++count;
   };
-  int first, end;
-  mask.query_tiles(key, key + kGradientRows, kGradientTile, first, end);
 #pragma unroll 1
-  for (head = 0; head < group_heads; ++head) {
-    const MaskOffsets offsets(p, head);
+  for (head = 0; head < call.group_heads; ++head) {
+    int first, end;
+    mask.query_tiles(key, key + Config::kRows, kGradientTile, first, end);
+    // For every 32 tiles anew, behind ptx::opaque: remembered, it would be spilled.
     const auto look = [&](TileNote& note) {
+      const MaskOffsets offsets(p, ptx::opaque(head));
+      const bool bad = bad_keys<Config>(p, ptx::opaque(kv_plane), ptx::opaque(key));
       bool visible = false;
-      note.flags = flags;
+      note.flags = bad ? Config::kBadKeys | Config::kHideAll : 0;
 #pragma unroll 1
-      for (int group = 0; group < kGradientGroups; ++group) {
+      for (int group = 0; group < Config::kGroups; ++group) {
         const TileView view = mask.view(note.key * kGradientTile, kGradientTile, key + 64 * group,
                                         offsets.state);
         visible = visible || view != TileView::kNothing;
@@ -185,12 +196,13 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   int s[kGradientValues], d[kGradientValues];
   float dk[kHeadDim / 2], dv[kHeadDim / 2];
   uint32_t p_operand[kGradientRegisters], g_operand[kGradientRegisters];
-  int count = 0, stage = 0;  // tiles so far
-  uint32_t phase = 0;
+  uint32_t count = 0;  // tiles so far
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
   ptx::mbarrier_wait(base + Config::kRowsFull, 0);
 
   while (true) {
+    const int stage = static_cast<int>(count % Config::kStages);
+    const uint32_t phase = count / Config::kStages % 2;
     ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
     const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
     const uint32_t flags = from_lane_0(note.flags);
@@ -202,7 +214,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(dk);
     ptx::keep_in_registers(dv);
-    if (count > 0) release(base + Config::sums_empty(stage == 0 ? Config::kStages - 1 : stage - 1));
+    if (count > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
     ptx::wgmma_fence();
     multiply_scores<kHeadDim>(s, keys, queries);
     multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
@@ -257,10 +269,6 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, count % kExactTiles != 0);
     ptx::wgmma_commit_group();
     ++count;
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
   }
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dk);
@@ -290,7 +298,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 // ------------------------------------------------------------------------------------------ kernel
 
 template <class Config>
-__global__ void __launch_bounds__(kGradientThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, 1)
     backward_dkv(const __grid_constant__ DkvCall call) {
   extern __shared__ __align__(1024) unsigned char tiles_first[];
   unsigned char* const shared = tiles_first;
@@ -299,7 +307,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   // Blocks of one head follow each other; the first keys come first, because under a causal mask the
   // most queries see them.
   const int block = static_cast<int>(blockIdx.x), kv_plane = block / call.key_blocks;
-  const int key = block % call.key_blocks * kGradientRows;
+  const int key = block % call.key_blocks * Config::kRows;
   const int b = kv_plane / shape.kv_heads;
   const int n = kv_plane % shape.kv_heads * (shape.heads / shape.kv_heads);
   if (threadIdx.x == 0) {
@@ -309,8 +317,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::scores_full(i), 1);
       ptx::mbarrier_init(base + Config::sums_full(i), 1);
-      ptx::mbarrier_init(base + Config::scores_empty(i), 4 * kGradientGroups);
-      ptx::mbarrier_init(base + Config::sums_empty(i), 4 * kGradientGroups);
+      ptx::mbarrier_init(base + Config::scores_empty(i), 4 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::sums_empty(i), 4 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();
   }
@@ -332,20 +340,21 @@ const char* launch_dkv(const BackwardCall& p, Stream stream) {
   const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
   const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
   const int64_t padded = static_cast<int64_t>(tiles_of(s.queries)) * 64;
-  DkvCall call = {p, {}, {}, {}, {}, {}, {}, (s.keys + kGradientRows - 1) / kGradientRows};
+  DkvCall call = {p, {}, {}, {}, {}, {}, {}, (s.keys + Config::kRows - 1) / Config::kRows,
+                  s.heads / s.kv_heads};
   const char* error = nullptr;
   const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {
     if (error == nullptr) error = encode_tensor_map(to, spec);
   };
-  map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientRows});
-  map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientRows});
+  map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, Config::kRows});
+  map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, Config::kRows});
   map(call.q, {p.q8, 1, kHeadDim, s.queries, planes, kHeadDim, kGradientTile});
   map(call.d_out, {p.w.d_out, 1, kHeadDim, padded, planes, kHeadDim, kGradientTile});
   map(call.x, {p.w.x, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   if (error != nullptr) return error;
   return launch(backward_dkv<Config>, dim3(static_cast<unsigned>(kv_planes * call.key_blocks)),
-                kGradientThreads, Config::kSharedBytes, stream, call);
+                Config::kThreads, Config::kSharedBytes, stream, call);
 }
 
 }  // namespace sage::sm90

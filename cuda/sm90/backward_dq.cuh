@@ -22,23 +22,26 @@ struct DqCall {
 
 // ---------------------------------------------------------------------------------- tile constants
 
+// Three warpgroups where registers allow: three warps a scheduler hide each other's latencies.
+template <int kHeadDim>
+using DqBlock = std::conditional_t<kHeadDim == 64, GradientBlock<3, 56, 152>, GradientBlock<2, 56, 224>>;
+
 template <int kHeadDim_>
-struct DqConfig {
+struct DqConfig : DqBlock<kHeadDim_> {
+  using Block = DqBlock<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-  static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes
 
   // --------------------------------------------------------------------------- shared-memory map
   // Q [128][kHeadDim] | dO [128][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
   //   | float32 sums of each warp | notes | queue of notes | mask | barriers
-  static constexpr int kRowsBytes = kGradientRows * kHeadDim;
+  static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kStageBytes = 3 * kTileBytes;
   static constexpr int kWarpBytes = 16 * kHeadDim * 4;
   static constexpr int kStages = kHeadDim == 128 ? 4 : 6;
   static constexpr int kStagesAt = 2 * kRowsBytes;
   static constexpr int kWarpsAt = kStagesAt + kStages * kStageBytes;
-  static constexpr int kNotesAt = kWarpsAt + 4 * kGradientGroups * kWarpBytes;
+  static constexpr int kNotesAt = kWarpsAt + 4 * Block::kGroups * kWarpBytes;
   static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
@@ -89,20 +92,20 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
   const auto look = [&](TileNote& note) {
     bool visible = false;
 #pragma unroll 1
-    for (int group = 0; group < kGradientGroups; ++group) {
+    for (int group = 0; group < Config::kGroups; ++group) {
       const TileView view = mask.view(row + 64 * group, 64, note.key * kGradientTile);
       visible = visible || view != TileView::kNothing;
       if (view != TileView::kAll) note.flags |= Config::kHide << group;
     }
     if (!visible) return false;
     const float k = k_scale[note.key];
-    if (k < 0.0f) note.flags |= Config::kBadKeys | 3 * Config::kHide;
+    if (k < 0.0f) note.flags |= Config::kBadKeys | Config::kHideAll;
     note.scale[0] = fabsf(k);
     note.scale[1] = v_scale[note.key];
     return true;
   };
   int first, end;
-  mask.key_tiles(row, row + kGradientRows, kGradientTile, first, end);
+  mask.key_tiles(row, row + Config::kRows, kGradientTile, first, end);
   walk_tiles(reinterpret_cast<TileNote*>(shared + Config::kQueueAt), first, end, look, emit);
   if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
 }
@@ -234,7 +237,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
 // ------------------------------------------------------------------------------------------ kernel
 
 template <class Config>
-__global__ void __launch_bounds__(kGradientThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, 1)
     backward_dq(const __grid_constant__ DqCall call) {
   extern __shared__ __align__(1024) unsigned char tiles_first[];
   unsigned char* const shared = tiles_first;
@@ -243,7 +246,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
   // Blocks of one head follow each other, so that its keys stay in L2; the last rows come first,
   // because under a causal mask they see the most keys.
   const int block = static_cast<int>(blockIdx.x), plane = block / call.row_blocks;
-  const int row = (call.row_blocks - 1 - block % call.row_blocks) * kGradientRows;
+  const int row = (call.row_blocks - 1 - block % call.row_blocks) * Config::kRows;
   const int b = plane / shape.heads, n = plane % shape.heads;
   const int kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
   if (threadIdx.x == 0) {
@@ -252,7 +255,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     ptx::mbarrier_init(base + Config::kRowsFull, 1);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::full(i), 1);
-      ptx::mbarrier_init(base + Config::empty(i), 4 * kGradientGroups);
+      ptx::mbarrier_init(base + Config::empty(i), 4 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();
   }
@@ -275,19 +278,19 @@ const char* launch_dq(const BackwardCall& p, Stream stream) {
   const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
   const int64_t padded_queries = static_cast<int64_t>(tiles_of(s.queries)) * 64;
   const int64_t padded_keys = static_cast<int64_t>(tiles_of(s.keys)) * 64;
-  DqCall call = {p, {}, {}, {}, {}, {}, (s.queries + kGradientRows - 1) / kGradientRows};
+  DqCall call = {p, {}, {}, {}, {}, {}, (s.queries + Config::kRows - 1) / Config::kRows};
   const char* error = nullptr;
   const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {
     if (error == nullptr) error = encode_tensor_map(to, spec);
   };
-  map(call.q, {p.q8, 1, kHeadDim, s.queries, planes, kHeadDim, kGradientRows});
-  map(call.d_out, {p.w.d_out, 1, kHeadDim, padded_queries, planes, kHeadDim, kGradientRows});
+  map(call.q, {p.q8, 1, kHeadDim, s.queries, planes, kHeadDim, Config::kRows});
+  map(call.d_out, {p.w.d_out, 1, kHeadDim, padded_queries, planes, kHeadDim, Config::kRows});
   map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
   if (error != nullptr) return error;
   return launch(backward_dq<Config>, dim3(static_cast<unsigned>(planes * call.row_blocks)),
-                kGradientThreads, Config::kSharedBytes, stream, call);
+                Config::kThreads, Config::kSharedBytes, stream, call);
 }
 
 }  // namespace sage::sm90
