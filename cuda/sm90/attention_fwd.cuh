@@ -22,6 +22,7 @@
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
 #include "sm90/store_rows.cuh"
+#include "sm90/turns.cuh"
 
 namespace sage::sm90 {
 
@@ -59,6 +60,7 @@ class Consumer {
     wait_for_tile();
     read_note();
     if (flags_ & kStop) return;
+    if constexpr (Config::kBuffers == 1) Turns<Config::kGroups>::begin(group_);
     ptx::mbarrier_wait(base_ + Config::slot_full(0), 0);
     begin_rows();
     issue_scores(0);
@@ -75,8 +77,7 @@ class Consumer {
       shrink();
       if constexpr (Config::kBuffers == 1) {
         while (true) {
-          if (__builtin_expect(begin_step(p0_), 0)) break;
-          wait_for_output();
+          if (__builtin_expect(serial_step(), 0)) break;
           softmax(p0_);
           shrink();
         }
@@ -90,7 +91,7 @@ class Consumer {
           end_step(p0_);
         }
       }
-      wait_for_output();
+      if constexpr (Config::kBuffers == 2) wait_for_output();
       if (ended_) {
         finish_rows(Config::slots(shared_)[slot_]);
         release(Config::slot_empty(slot_));
@@ -126,6 +127,32 @@ class Consumer {
     summed_ += Config::kKeys;
     read_note();
     ptx::wgmma_wait_group<1>();
+    ptx::keep_in_registers(s_);
+    return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
+  }
+
+  // P·V of the tile at hand, then the scores of the next, one warpgroup after the other: while one multiplies the
+  // others evaluate.
+  __device__ __forceinline__ bool serial_step() {
+    Turns<Config::kGroups>::wait(group_);
+    ptx::keep_in_registers(p0_);
+    ptx::wgmma_fence();
+    Values::template multiply<Config>(
+        o_, p0_, units_ + (Config::kValuesAt + stage_ * Config::kValueBytes) / 16, summed_ != 0);
+    ptx::wgmma_commit_group();
+    summed_ += Config::kKeys;
+    ended_ = flags_ & kEnds;
+    wait_for_tile();
+    int slot = slot_;
+    if (__builtin_expect(ended_, 0) && !(Config::notes(shared_)[stage_].flags & kStop)) {
+      slot ^= 1;
+      ptx::mbarrier_wait(base_ + Config::slot_full(slot), slot_phase_ ^ (slot == 0));
+    }
+    read_note();
+    wait_for_output();
+    issue_scores(slot);
+    ptx::wgmma_wait_group<0>();
+    Turns<Config::kGroups>::pass(group_);
     ptx::keep_in_registers(s_);
     return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
   }

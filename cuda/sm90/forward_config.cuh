@@ -17,12 +17,13 @@ struct ForwardConfig {
   // latencies, and then one buffer of probabilities is enough.
   static constexpr int kGroups = kHeadDim == 64 && Values::kElementBytes == 1 ? 3 : 2;
   static constexpr int kBuffers = kGroups == 3 ? 1 : 2;
+  static constexpr bool kValuesLag = kBuffers == 2;  // a tile's values come with the next tile's keys
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Scores, output and two tiles of probabilities lie in registers at the same time.
   static constexpr int kKeys = Values::kElementBytes == 1 || kHeadDim == 64 ? 128 : 64;
   static constexpr int kSlots = 2;  // row blocks under way
-  static constexpr int kProducerRegisters = kGroups == 3 ? 56 : 56;
+  static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 152 : 224;
   static constexpr int kLaunchRegisters = kGroups == 3 ? 128 : 168;  // the most that kThreads leave to each
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <=

@@ -49,7 +49,7 @@ __device__ __forceinline__ void hide(int (&s)[kScores], const Mask& mask, int qu
   }
 }
 
-// Probabilities of 16 keys at a time, in a pipeline: while the unit for exponentials works on some, the
+// Probabilities of 16 keys at a time, with two warpgroups in a pipeline: while the unit for exponentials works on some, the
 // arguments of the next are computed, and the ones before are summed and packed. e = 2^(score ·
 // multiplier + shift), whose shift takes the accumulators' offset away again: kMagic · multiplier, rounded,
 // is off by at most 0.75 units of the INT8 product, which itself is off by about 200.
@@ -63,10 +63,11 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
                                              uint32_t (&p)[Config::kProbabilities]) {
   using Values = typename Config::Values;
   constexpr int kChunk = 8, kChunks = Config::kScores / kChunk;
+  constexpr int kAhead = Config::kGroups == 2 ? 1 : 0;  // with three, other warps fill the gaps
   float x[2][kChunk], e[2][kChunk] = {}, sum[2][2] = {};
   const auto argue = [&](int c) {
     const int h = c * 16 / kTileKeys;
-    const int offset = c > 1 ? __float_as_int(fmaf(e[c & 1][0], zero, kMagic)) : kMagicBits;
+    const int offset = c > 1 && kAhead > 0 ? __float_as_int(fmaf(e[c & 1][0], zero, kMagic)) : kMagicBits;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int r = i >> 1 & 1;
@@ -78,15 +79,15 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
     for (int i = 0; i < kChunk; ++i) sum[i & 1][i >> 1 & 1] += e[c & 1][i];
     Values::pack(p + Values::kRegisters * c, e[c & 1]);
   };
-  argue(0);
+  if (kAhead > 0) argue(0);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    if (c + 1 < kChunks) argue(c + 1);
+    if (c + kAhead < kChunks) argue(c + kAhead);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) e[c & 1][i] = ptx::ex2(x[c & 1][i]);
-    if (c > 0) finish(c - 1);
+    if (c >= kAhead) finish(c - kAhead);
   }
-  finish(kChunks - 1);
+  if (kAhead > 0) finish(kChunks - 1);
   l[0] += sum[0][0] + sum[1][0];
   l[1] += sum[0][1] + sum[1][1];
 }

@@ -161,21 +161,32 @@ class Producer {
     return true;
   }
 
-  // Brings the keys of a tile together with the values of the one before, which are needed when it is.
+  // Brings the keys of a tile together with the values of the one before, which are needed when it is; with its
+  // own values where consumers do one after the other.
   __device__ void emit(const TileNote& note) {
     const uint32_t full = base_ + Config::full(stage_);
     const bool stops = note.flags & kStop;
+    if (!Config::kValuesLag && !stops) {
+      value_key_ = note.key;
+      value_plane_ = kv_plane_;
+    }
+    const bool values = Config::kValuesLag ? value_plane_ >= 0 : !stops;
     ptx::mbarrier_wait(base_ + Config::k_empty(stage_), phase_ ^ 1);
     Config::notes(shared_)[stage_] = note;
-    ptx::mbarrier_arrive_expect_tx(full, (stops ? 0 : Config::kKeyBytes) +
-                                             (value_plane_ < 0 ? 0 : Config::kValueBytes));
+    ptx::mbarrier_arrive_expect_tx(
+        full, (stops ? 0 : Config::kKeyBytes) + (values ? Config::kValueBytes : 0));
     if (!stops) {
       ptx::cp_async_bulk_tensor_3d(base_ + Config::keys(stage_), &call_.k, full, 0, note.key,
                                    kv_plane_);
     }
-    if (value_plane_ >= 0) {
-      const int stage = stage_ == 0 ? Config::kStages - 1 : stage_ - 1;
-      ptx::mbarrier_wait(base_ + Config::v_empty(stage), stage_ == 0 ? phase_ : phase_ ^ 1);
+    if (values) {
+      int stage = stage_;
+      uint32_t phase = phase_ ^ 1;
+      if (Config::kValuesLag) {
+        stage = stage_ == 0 ? Config::kStages - 1 : stage_ - 1;
+        phase = stage_ == 0 ? phase_ : phase_ ^ 1;
+      }
+      ptx::mbarrier_wait(base_ + Config::v_empty(stage), phase);
       Config::Values::template copy<Config>(base_ + Config::values(stage), &call_.v, full, value_key_,
                                             value_plane_);
     }
