@@ -91,9 +91,11 @@ class Consumer {
           end_step(p0_);
         }
       }
+      float lse_shift[2];
+      if (ended_) load_lse_shift(lse_shift);
       if constexpr (Config::kBuffers == 2) wait_for_output();
       if (ended_) {
-        finish_rows(Config::slots(shared_)[slot_]);
+        finish_rows(Config::slots(shared_)[slot_], lse_shift);
         release(Config::slot_empty(slot_));
         if (flags_ & kStop) return;
         slot_phase_ ^= slot_;
@@ -304,7 +306,18 @@ class Consumer {
 
   // ---------------------------------------------------------------------------------- epilogue
 
-  __device__ __forceinline__ void finish_rows(const Slot& slot) {
+  // Early: memory is far away.
+  __device__ __forceinline__ void load_lse_shift(float (&shift)[2]) const {
+    const Slot& slot = Config::slots(shared_)[slot_];
+    const int64_t plane = static_cast<int64_t>(slot.mask.b) * params_.shape.heads + slot.mask.n;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = slot.row + warp_row_ + lane_ / 4 + 8 * r;
+      shift[r] = row < params_.shape.queries ? params_.lse_shift[plane * params_.shape.queries + row] : 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void finish_rows(const Slot& slot, const float (&lse_shift)[2]) {
     const AttentionShape& shape = params_.shape;
     const Mask& mask = slot.mask;
     const int lane = ptx::opaque(lane_), g = lane / 4, t = lane % 4;
@@ -332,7 +345,7 @@ class Consumer {
         const int64_t at = (static_cast<int64_t>(mask.b) * shape.heads + mask.n) * shape.queries + row;
         params_.l[at] = l;
         params_.m[at] = m;
-        params_.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + params_.lse_shift[at];
+        params_.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + lse_shift[r];
       }
       factor[r] = l == 0.0f ? 0.0f : Values::kUnit / l;
     }

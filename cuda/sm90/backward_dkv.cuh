@@ -283,9 +283,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const uint32_t* maxima,
                           float factor, void* out, Dtype dtype) {
     collect(sums, x, count > 0, count > kExactTiles);
+    // Lest addresses for dV be computed with those for dK: at dimension 128 registers are full.
+    const int first_channel = kHeadDim == 128 ? ptx::opaque(2 * t) : 2 * t;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
-      const int channel = i / 4 * 8 + 2 * t + (i & 1);
+      const int channel = i / 4 * 8 + first_channel + (i & 1);
       x[i] *= factor * channel_scale(maxima, static_cast<int64_t>(kv_plane) * kHeadDim + channel);
     }
     store_rows<kHeadDim>(sums, x, out, dtype, first, shape.keys - key - warp_row,

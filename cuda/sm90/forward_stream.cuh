@@ -69,25 +69,33 @@ class Producer {
     using Slot = typename Config::Slot;
     const AttendParams& p = call_.p;
     const RowBlock work = call_.work.at(p.shape, item, Config::kRows);
+    const int plane = work.b * p.shape.heads + work.n;
+    kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
+    // All loads are under way before the first is used, and before the slot is free.
+    constexpr int kQ = Config::kRows / kWarpSize, kV = Config::kHeadDim / kWarpSize;
+    float q[kQ], v[kV];
+    const int64_t first = static_cast<int64_t>(plane) * p.shape.queries + work.row + lane();
+#pragma unroll
+    for (int i = 0; i < kQ; ++i) {
+      const bool inside = work.row + lane() + i * kWarpSize < p.shape.queries;
+      q[i] = inside ? p.q_scale[first + i * kWarpSize] : 0.0f;
+    }
+    const float* const v_scale = p.v_scale + static_cast<int64_t>(kv_plane_) * Config::kHeadDim + lane();
+#pragma unroll
+    for (int i = 0; i < kV; ++i) v[i] = v_scale[i * kWarpSize];
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
     ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);
     ++count_;
-    const int plane = work.b * p.shape.heads + work.n;
-    kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
     if (lane() == 0) {
       slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
       slot.row = work.row;
       slot.v_mean = p.v_mean + static_cast<int64_t>(kv_plane_) * Config::kHeadDim;
     }
-    const float* const q_scale = p.q_scale + static_cast<int64_t>(plane) * p.shape.queries + work.row;
-#pragma unroll 1
-    for (int i = lane(); i < Config::kRows; i += kWarpSize) {
-      slot.q_scale[i] = work.row + i < p.shape.queries ? q_scale[i] : 0.0f;
-    }
-    const float* const v_scale = p.v_scale + static_cast<int64_t>(kv_plane_) * Config::kHeadDim;
-#pragma unroll 1
-    for (int i = lane(); i < Config::kHeadDim; i += kWarpSize) slot.v_scale[i] = v_scale[i];
+#pragma unroll
+    for (int i = 0; i < kQ; ++i) slot.q_scale[lane() + i * kWarpSize] = q[i];
+#pragma unroll
+    for (int i = 0; i < kV; ++i) slot.v_scale[lane() + i * kWarpSize] = v[i];
     const uint32_t full = base_ + Config::slot_full(slot_index);
     if (lane() == 0) {
       ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);

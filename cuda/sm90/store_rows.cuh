@@ -7,7 +7,35 @@
 
 namespace sage::sm90 {
 
-// Half of the channels at a time through shared memory, so that rows leave in whole 16-byte pieces.
+// 16-bit rows of whole 16-byte pieces, through shared memory.
+template <int kHeadDim>
+__device__ __forceinline__ void store_halves(unsigned char* region, const float (&x)[kHeadDim / 2],
+                                             uint16_t* out, bool bf16, int rows, int64_t row_stride,
+                                             int head_dim) {
+  using Stage = SharedTile<16, 2 * kHeadDim>;
+  const int lane = ptx::opaque(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  __syncwarp();  // what lay there has been read
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; i += 2) {
+    *reinterpret_cast<uint32_t*>(region + Stage::offset(g + (i >> 1 & 1) * 8, i / 4) + 4 * t) =
+        bf16 ? ptx::cvt_bf16x2_f32(x[i], x[i + 1]) : ptx::cvt_f16x2_f32(x[i], x[i + 1]);
+  }
+  __syncwarp();
+  constexpr int kRowsAtOnce = kWarpSize / Stage::kChunks;
+  const int row = lane / Stage::kChunks, chunk = lane % Stage::kChunks;
+  uint16_t* const to = out + row * row_stride + 8 * chunk;
+#pragma unroll 2
+  for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
+    const uint4 piece = *reinterpret_cast<const uint4*>(region + Stage::offset(row + i * kRowsAtOnce, chunk));
+    if (row + i * kRowsAtOnce < rows && 8 * chunk < head_dim) {
+      *reinterpret_cast<uint4*>(to + i * kRowsAtOnce * row_stride) = piece;
+    }
+  }
+  __syncwarp();
+}
+
+// Others: half of the channels at a time through shared memory, so that rows leave in pieces of 16 bytes
+// or more.
 //   region       16 · kHeadDim · 2 bytes of the warp's own, at a multiple of 128
 //   x            the accumulators
 //   first        element of the first row's first channel, of which `rows` rows exist
@@ -16,6 +44,11 @@ template <int kHeadDim>
 __device__ __forceinline__ void store_rows(unsigned char* region, const float (&x)[kHeadDim / 2],
                                            void* out, Dtype dtype, int64_t first, int rows,
                                            int64_t row_stride, int head_dim) {
+  if (dtype != Dtype::kF32 && head_dim % 8 == 0) {
+    store_halves<kHeadDim>(region, x, static_cast<uint16_t*>(out) + first, dtype == Dtype::kBf16, rows,
+                           row_stride, head_dim);
+    return;
+  }
   constexpr int kColumns = kHeadDim / 2, kPieces = kColumns / 8, kValues = kHeadDim / 4;
   using Stage = SharedTile<16, 4 * kColumns>;
   // Opaque: the compiler would compute all addresses before the kernel's loop, and keep them.
