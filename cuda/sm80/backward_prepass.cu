@@ -26,6 +26,17 @@ constexpr int kTilesPerBlock = 4;   // of the launches that take maxima: each en
 constexpr int kClearThreads = 256;
 constexpr float kSmallestR = 0x1p-100f;  // below, 1/r could overflow: such rows carry no gradient
 
+// Blocks of query_terms that a multiprocessor is to hold. Three fit where 80 registers are enough: for 16-bit
+// tensors, in whole pieces, and not on sm_80 and sm_89, for which ptxas needs a few more.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kRegistersSuffice = true;
+#else
+inline constexpr bool kRegistersSuffice = false;
+#endif
+template <int kHeadDim, class Piece>
+inline constexpr int kTermsBlocks =
+    kRegistersSuffice && sizeof(Piece) == 16 && kHeadDim < 256 ? 384 / kHeadDim : 1;
+
 // Block `block` of a launch with one for each head and `count` places. Heads come first: blocks at work
 // at the same time read whole rows of memory.
 struct Place {
@@ -150,14 +161,14 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(c
 // ---------------------------------------------------------------------------------------- per query
 
 // QueryTerms, row_factor, dO's codes.
-template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCall p) {
+template <int kHeadDim, class Piece, bool kTrain8>
+__global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
+    query_terms(const BackwardCall p) {
   using Rows = RowBlock<kHeadDim>;
   constexpr int kLanes = Rows::kThreadsPerToken;
-  constexpr int kAtOnce = kHeadDim == 256 ? 2 : 4;  // tokens a thread: 512 threads have 128 registers
+  constexpr int kAtOnce = 2;  // tokens a thread: few registers, many blocks
   __shared__ uint32_t channel_max[2][kHeadDim];
   const AttentionShape& s = p.shape;
-  const bool train8 = p.backward == Backward::kTrain8;
   const int tiles = tiles_of(s.queries);
   const Place at(static_cast<int>(blockIdx.x), (tiles + kTilesPerBlock - 1) / kTilesPerBlock,
                  s.heads);
@@ -165,17 +176,17 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
   const int64_t kv_plane =
       static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
   const int channel = Rows::channel();
+  __shared__ alignas(16) float v_mean[kHeadDim];
   for (int c = static_cast<int>(threadIdx.x); c < 2 * kHeadDim; c += Rows::kThreads) {
     channel_max[c / kHeadDim][c % kHeadDim] = 0;
+    if (c < kHeadDim) v_mean[c] = p.v_mean[kv_plane * kHeadDim + c];
   }
   __syncthreads();
 
-  const float v_norm = train8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
+  const float v_norm = kTrain8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
   const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
   const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
   const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
-  float v_mean[kChannels];
-  load_floats(v_mean, p.v_mean + kv_plane * kHeadDim + channel);
   float x_max[kChannels] = {}, y_max[kChannels] = {};
 #pragma unroll 1
   for (int first = at.index * kTilesPerBlock * kTile;
@@ -197,19 +208,21 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
+      if (i > 0 && !ptx::always(s.queries, i)) continue;  // one after the other: fewer registers
       const int query = first + Rows::row() + 16 * i;
       const int64_t row = at.plane * s.queries + query;
       const int64_t padded_row = at.plane * tiles * kTile + query;
       const bool inside = query < s.queries;
       const bool live = l[i] != 0.0f;  // a NaN is live: it must reach the gradients
       const float dlse = live ? p.dlse[row] : 0.0f;
-      float x[kChannels], o[kChannels], dot = 0.0f;
+      float x[kChannels], o[kChannels], mean[kChannels], dot = 0.0f;
       d_out[i].unpack(x);
       out[i].unpack(o);
+      load_floats(mean, v_mean + channel);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         x[c] = live ? x[c] : 0.0f;
-        dot = live ? fmaf(x[c], o[c] - v_mean[c], dot) : 0.0f;
+        dot = live ? fmaf(x[c], o[c] - mean[c], dot) : 0.0f;
       }
       dot = lanes_sum<kLanes>(dot);
       const float largest = lanes_max<kLanes>(largest_magnitude(x));
@@ -224,7 +237,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
       QueryTerms terms = {q_scale * (p.scale * kLog2E), 0.0f, inverse_l, -delta * inverse_l};
       float row_factor = p.scale;
       GroupScale codes = {1.0f, 1.0f};
-      if (train8) {
+      if (kTrain8) {
         if (p.dp == DpFormat::kInt8) codes = group_scale(sound ? largest : 0.0f, 127.0f);
         const float r = norm_factor * length * v_norm + fabsf(dlse);
         const float inverse_r = r > kSmallestR ? 1.0f / r : 0.0f;
@@ -246,7 +259,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
         terms = {0.0f, -INFINITY, 0.0f, 0.0f};
         row_factor = 0.0f;
       } else {
-        terms.shift = (train8 ? 8.0f : 0.0f) - p.m[row] + poison;
+        terms.shift = (kTrain8 ? 8.0f : 0.0f) - p.m[row] + poison;
         row_factor += poison;
         if (!sound) terms.score = terms.gain = terms.offset = 0.0f;
       }
@@ -265,7 +278,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) query_terms(const BackwardCal
       }
     }
   }
-  if (!train8) return;
+  if (!kTrain8) return;
   store_maxima<kHeadDim>(channel_max[0], x_max, w.x_max + kv_plane * kHeadDim);
   store_maxima<kHeadDim>(channel_max[1], y_max, w.y_max + kv_plane * kHeadDim);
 }
@@ -286,8 +299,8 @@ __device__ __forceinline__ void load_inverses(float (&inverse)[kChannels], const
 }
 
 // One tile of x, y or z: values in y[token][channel], to be multiplied by the channel's factor.
-template <int kHeadDim>
-__device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged, bool train8,
+template <int kHeadDim, bool kTrain8>
+__device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged,
                                               const float (&y)[kPerThread][kChannels],
                                               const float (&factor)[kChannels], uint8_t* out,
                                               int64_t tokens) {
@@ -296,7 +309,7 @@ __device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged, 
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     uint32_t word = 0;
-    if (train8) {
+    if (kTrain8) {
       word = ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], factor[c]), __fmul_rn(y[1][c], factor[c]),
                                  __fmul_rn(y[2][c], factor[c]), __fmul_rn(y[3][c], factor[c]));
     } else {
@@ -312,122 +325,131 @@ __device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged, 
 }
 
 // x and y of one tile of 64 queries.
-template <int kHeadDim, class Piece>
+template <int kHeadDim, class Piece, bool kTrain8>
 __device__ void query_operands(const BackwardCall& p, const Place& at,
                                TransposedTile<kHeadDim>& staged) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ float scratch[2][Rows::kThreads / kWarpSize];
   const BackwardWorkspace& w = p.w;
   const AttentionShape& s = p.shape;
-  const bool train8 = p.backward == Backward::kTrain8;
   const int tiles = tiles_of(s.queries), first = at.index * kTile, channel = Rows::channel();
   const int64_t kv_plane =
       static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
   const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
   const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
 
+  // All loads are under way before the first is used. x leaves before y begins: fewer registers, more blocks.
   Piece d_out[kPerThread];
   uint2 q[kPerThread];
-  float inverse_l[kPerThread], q_scale[kPerThread], y_factor[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int query = first + permuted_token<Rows>(i);
+    q[i] = make_uint2(0, 0);
+    if (query >= s.queries) continue;
+    d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
+    q[i] = load_codes(p.q8 + (at.plane * s.queries + query) * kHeadDim + channel);
+  }
+  // What x and y of a query are multiplied with; 0: it is dead (its shift is −inf) or poisoned (NaN), and its
+  // codes are zeros.
+  __shared__ float x_factor[kTile], y_factor[kTile];
+  const int thread = static_cast<int>(threadIdx.x), query = first + thread;
+  float q_scale = 0.0f;
+  if (thread < kTile) {
+    x_factor[thread] = y_factor[thread] = 0.0f;
     const int64_t row = at.plane * s.queries + query;
     const int64_t padded_row = at.plane * tiles * kTile + query;
-    // A query whose shift is not finite is dead (−inf) or poisoned (NaN): zero codes.
-    const bool counts = query < s.queries && is_finite(w.terms[padded_row].shift);
-    inverse_l[i] = q_scale[i] = y_factor[i] = 0.0f;
-    q[i] = make_uint2(0, 0);
-    if (!counts) continue;
-    d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
-    q[i] = load_codes(p.q8 + row * kHeadDim + channel);
-    inverse_l[i] = 1.0f / p.l[row];
-    q_scale[i] = p.q_scale[row];
-    y_factor[i] = q_scale[i] * (w.row_factor[padded_row] / (p.scale * (1.0f / 256.0f)));
+    if (query < s.queries && is_finite(w.terms[padded_row].shift)) {
+      q_scale = p.q_scale[row];
+      x_factor[thread] = kTrain8 ? 1.0f / p.l[row] : 1.0f;
+      y_factor[thread] =
+          kTrain8 ? q_scale * (w.row_factor[padded_row] / (p.scale * (1.0f / 256.0f))) : 1.0f;
+    }
   }
-  float x[kPerThread][kChannels], y[kPerThread][kChannels];
+  float x[kPerThread][kChannels], inverse[kChannels];
+  __syncthreads();
+  if (kTrain8) load_inverses(inverse, w.x_max + kv_plane * kHeadDim + channel);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
+    const float factor = x_factor[permuted_token<Rows>(i)];
     d_out[i].unpack(x[i]);
-    unpack_codes(y[i], q[i]);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[i][c] = factor == 0.0f ? 0.0f : x[i][c] * factor;
   }
-  float x_inverse[kChannels], y_inverse[kChannels];
-  if (train8) {
-    load_inverses(x_inverse, w.x_max + kv_plane * kHeadDim + channel);
-    load_inverses(y_inverse, w.y_max + kv_plane * kHeadDim + channel);
+  if (!kTrain8) {  // dO as one INT8 group; Q's codes, which share a scale, as they are
+    float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        x[i][c] *= inverse_l[i];
-        y[i][c] *= y_factor[i];
-      }
-    }
-  } else {  // dO as one INT8 group; Q's codes, which share a scale, as they are
-    float largest = 0.0f, scale = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      largest = fmaxf(largest, largest_magnitude(x[i]));
-      scale = fmaxf(scale, q_scale[i]);
-    }
+    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
     const GroupScale codes = group_scale(block_max<Rows::kThreads>(largest, scratch[0]), 127.0f);
-    scale = block_max<Rows::kThreads>(scale, scratch[1]);
-    if (threadIdx.x == 0) w.scales[at.plane * tiles + at.index] = {codes.scale, scale};
+    q_scale = block_max<Rows::kThreads>(q_scale, scratch[1]);
+    if (thread == 0) w.scales[at.plane * tiles + at.index] = {codes.scale, q_scale};
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      x_inverse[c] = codes.inverse;
-      y_inverse[c] = 1.0f;
-    }
+    for (int c = 0; c < kChannels; ++c) inverse[c] = codes.inverse;
   }
   const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-  const int64_t out = at.plane * kHeadDim * tokens + first;
-  store_operand<kHeadDim>(staged, train8, x, x_inverse, w.x + out, tokens);
-  store_operand<kHeadDim>(staged, train8, y, y_inverse, w.y + out, tokens);
+  // Behind ptx::opaque: addresses wait in no register for their turn.
+  const auto place = [&] { return at.plane * kHeadDim * tokens + ptx::opaque(first); };
+  store_operand<kHeadDim, kTrain8>(staged, x, inverse, w.x + place(), tokens);
+
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) inverse[c] = 1.0f;
+  if (kTrain8) load_inverses(inverse, w.y_max + kv_plane * kHeadDim + channel);
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const float factor = y_factor[permuted_token<Rows>(i)];
+    unpack_codes(x[i], q[i]);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[i][c] *= factor;
+  }
+  store_operand<kHeadDim, kTrain8>(staged, x, inverse, w.y + place(), tokens);
 }
 
 // z of one tile of 64 keys.
-template <int kHeadDim>
+template <int kHeadDim, bool kTrain8>
 __device__ void key_operands(const BackwardCall& p, const Place& at,
                              TransposedTile<kHeadDim>& staged) {
   using Rows = RowBlock<kHeadDim>;
   const AttentionShape& s = p.shape;
-  const bool train8 = p.backward == Backward::kTrain8;
   const int tiles = tiles_of(s.keys), first = at.index * kTile, channel = Rows::channel();
-  const float k_scale = train8 ? fabsf(p.k_scale[at.plane * tiles + at.index]) : 1.0f;
+  const float k_scale = kTrain8 ? fabsf(p.k_scale[at.plane * tiles + at.index]) : 1.0f;
   uint2 k[kPerThread];
+  int8_t first_code[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int key = first + permuted_token<Rows>(i);
     const int64_t row = (at.plane * s.keys + key) * kHeadDim;
     k[i] = make_uint2(0, 0);
-    if (key < s.keys && p.k8[row] != kBadCode) k[i] = load_codes(p.k8 + row + channel);
+    first_code[i] = 0;
+    if (key >= s.keys) continue;
+    k[i] = load_codes(p.k8 + row + channel);
+    first_code[i] = p.k8[row];
   }
   float z[kPerThread][kChannels], inverse[kChannels];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     unpack_codes(z[i], k[i]);
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) z[i][c] *= k_scale;
+    for (int c = 0; c < kChannels; ++c) z[i][c] *= first_code[i] == kBadCode ? 0.0f : k_scale;
   }
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) inverse[c] = 1.0f;
-  if (train8) load_inverses(inverse, p.w.z_max + at.plane * kHeadDim + channel);
+  if (kTrain8) load_inverses(inverse, p.w.z_max + at.plane * kHeadDim + channel);
   const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-  store_operand<kHeadDim>(staged, train8, z, inverse, p.w.z + at.plane * kHeadDim * tokens + first,
+  store_operand<kHeadDim, kTrain8>(staged, z, inverse, p.w.z + at.plane * kHeadDim * tokens + first,
                           tokens);
 }
 
 // Blocks below `query_blocks` make x and y, the others z.
-template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim) gradient_operands(const BackwardCall p) {
+template <int kHeadDim, class Piece, bool kTrain8>
+__global__ void __launch_bounds__(2 * kHeadDim, kHeadDim == 256 ? 1 : 384 / kHeadDim)
+    gradient_operands(const BackwardCall p) {
   __shared__ TransposedTile<kHeadDim> staged;
   const AttentionShape& s = p.shape;
   const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
   const int query_blocks = q_tiles * s.heads * s.batch, block = static_cast<int>(blockIdx.x);
   if (block < query_blocks) {
-    query_operands<kHeadDim, Piece>(p, Place(block, q_tiles, s.heads), staged);
+    query_operands<kHeadDim, Piece, kTrain8>(p, Place(block, q_tiles, s.heads), staged);
   } else {
-    key_operands<kHeadDim>(p, Place(block - query_blocks, kv_tiles, s.kv_heads), staged);
+    key_operands<kHeadDim, kTrain8>(p, Place(block - query_blocks, kv_tiles, s.kv_heads), staged);
   }
 }
 
@@ -444,12 +466,13 @@ const char* start(const BackwardCall& p, Stream stream) {
     if (error == nullptr) error = launch(kernel, count, threads, 0, stream, p);
   };
   constexpr int kThreads = 2 * kHeadDim;
-  if (p.backward == Backward::kTrain8) {  // sagebwd's scales are found tile by tile
+  const bool train8 = p.backward == Backward::kTrain8;
+  if (train8) {  // sagebwd's scales are found tile by tile
     run(clear_maxima, blocks_for(maxima, kClearThreads), kClearThreads);
     run(key_statistics<kHeadDim>, blocks(kv_tiles, s.kv_heads, s.batch, kTilesPerBlock), kThreads);
   }
-  run(query_terms<kHeadDim, Piece>, blocks(q_tiles, s.heads, s.batch, kTilesPerBlock), kThreads);
-  run(gradient_operands<kHeadDim, Piece>,
+  run(train8 ? query_terms<kHeadDim, Piece, true> : query_terms<kHeadDim, Piece, false>, blocks(q_tiles, s.heads, s.batch, kTilesPerBlock), kThreads);
+  run(train8 ? gradient_operands<kHeadDim, Piece, true> : gradient_operands<kHeadDim, Piece, false>,
       blocks(q_tiles, s.heads, s.batch, 1) + blocks(kv_tiles, s.kv_heads, s.batch, 1), kThreads);
   return error;
 }
