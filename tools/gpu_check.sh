@@ -101,10 +101,12 @@ step_test() {
     $parallel $pytest_args tests
 }
 
-# Accesses out of bounds show only when every buffer is an allocation of its own, outside of a pool.
+# Accesses out of bounds show only when every buffer is an allocation of its own, outside of a pool;
+# racecheck loses track of kernels that a CUDA graph launches.
 step_sanitize() {
   command -v compute-sanitizer || { echo "compute-sanitizer is not installed"; return 1; }
   export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_PYTHON_CLIENT_PREALLOCATE=false
+  export XLA_FLAGS="--xla_gpu_enable_command_buffer= ${XLA_FLAGS:-}"
   local tool code=0
   for tool in memcheck racecheck synccheck; do
     echo "-- $tool"

@@ -19,6 +19,9 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
 #define __align__(n) __attribute__((aligned(n)))
+// nvcc takes `__shared__ alignas(16) float x`, where g++ wants alignas before static; an attribute
+// may stand in either place.
+#define alignas(n) __attribute__((aligned(n)))
 
 using std::isfinite;
 using std::isnan;
