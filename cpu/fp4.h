@@ -25,6 +25,9 @@ constexpr float kE2m1[16] = {0,  .5f,  1,  1.5f,  2,  3,  4,  6,
 
 inline float e4m3_value(uint8_t code) { return from_e4m3(splat_int(code))[0]; }
 
+// A block of queries counts as at least this fraction of their mean, whose product with K′ has the same unit.
+constexpr float kMeanFloor = 0x1p-12f;
+
 // A tensor's scale 2^e, such that amax · 2^-e lies in [512, 1024), and its inverse.
 struct TensorScale {
   float scale, inverse;

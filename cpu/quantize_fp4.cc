@@ -208,7 +208,8 @@ void QueryBlock::run(int64_t item, float* scaled_mean) {
   for (int64_t i = 0; i < valid; ++i) {
     if (!bad[i]) subtract(x + i * s.Hp, scaled_mean, s.Hp);
   }
-  TensorScale tensor(largest_of(x, kFp4Queries * s.Hp));
+  float least = largest_of(scaled_mean, s.Hp) * kMeanFloor, top = largest_of(x, kFp4Queries * s.Hp);
+  TensorScale tensor(top > least ? top : least);
   p.q_tensor[item] = tensor.scale;
   multiply(x, tensor.inverse, kFp4Queries * s.Hp);
   multiply(scaled_mean, tensor.inverse, s.Hp);

@@ -25,6 +25,7 @@ E2M1_MAX = 6.0
 TENSOR_TOP = (
     9  # scaled tensors peak in [2^9, 2^10): a block's maximum over 4 stays below e4m3's 448
 )
+MEAN_FLOOR = 2.0**-12  # a block of queries counts as this fraction of their mean, whose product has the same unit
 SIXTH, QUARTER = np.float32(1.0 / 6.0), np.float32(1.0 / 4.0)
 
 

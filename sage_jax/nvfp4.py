@@ -124,7 +124,8 @@ def quantize_q(q, k, k_mean, k_tensor, bounds, *, fmt, four_or_six, smooth_q, sc
 
     blocks = _query_blocks(q)  # [B, N, T128, 128, Hp]
     blocks, mean = _smoothed(blocks, _query_blocks((valid & finite)[..., None])[..., 0], smooth_q)
-    blocks, q_tensor = _tensor_scaled(blocks)
+    least = jnp.max(jnp.abs(mean), axis=-1) * F32(fp4.MEAN_FLOOR)  # ΔS = mean · K′ᵀ is in units of this scale too
+    blocks, q_tensor = _tensor_scaled(blocks, least)
     codes = blocks.reshape(*q.shape[:2], -1, q.shape[3])[:, :, :tokens]
 
     used = _valid(bounds[:, 1], k.shape[2]) & jnp.all(jnp.isfinite(k), axis=-1)
@@ -160,9 +161,9 @@ def _smoothed(x, used, smooth):
     return jnp.where(used[..., None], x - mean[..., None, :], 0.0), mean
 
 
-def _tensor_scaled(x):
-    """(x / scale, scale) of float32 [..., tokens, Hp], scale [...] a power of two."""
-    scale, inverse = fp4.tensor_scale(jnp.max(jnp.abs(x), axis=(-2, -1), initial=0.0))
+def _tensor_scaled(x, least=0.0):
+    """(x / scale, scale) of float32 [..., tokens, Hp], scale [...] a power of two, for a magnitude of `least` or more."""
+    scale, inverse = fp4.tensor_scale(jnp.maximum(jnp.max(jnp.abs(x), axis=(-2, -1), initial=0.0), least))
     return x * inverse[..., None, None], scale
 
 

@@ -13,6 +13,7 @@ PV_CODES = {"e4m3": 0, "f16": 1, "bf16": 2, "int8": 3}
 DP_CODES = {None: 0, "int8": 1, "bf16": 2}
 BACKWARD_CODES = {"train8": 0, "sagebwd": 1}
 FP4_FORMATS = ("nvfp4", "mxfp4", "amxfp4")  # docs/nvfp4.md; the last two for accuracy reports
+PUBLISHED = dict(smooth_q=True, smooth_k=True, smooth_v=False, four_or_six=False)  # by SageAttention3's paper
 MAX_HEAD_DIM = 256
 EXACT = "exact"  # in place of a recipe, in Flax layers and in files of recipes: float32 attention
 
@@ -104,7 +105,7 @@ class Recipe:
                 f"Recipe {self.name!r}: both products have one FP4 format or neither, but qk={self.qk!r} and "
                 f"pv={self.pv!r}; change one of them."
             )
-        for field in ("smooth_q", "published"):
+        for field in ("published", "smooth_q"):
             if getattr(self, field) and not self.fp4:
                 raise ValueError(
                     f"Recipe {self.name!r}: {field}=True is for FP4 recipes, but qk={self.qk!r}; start from the preset "
@@ -114,16 +115,17 @@ class Recipe:
             raise ValueError(
                 f"Recipe {self.name!r}: four_or_six=True goes with qk='nvfp4' only, but qk={self.qk!r}; leave it out."
             )
-        if self.published and (self.smooth_v or self.four_or_six or self.qk != "nvfp4"):
-            raise ValueError(
-                f"Recipe {self.name!r}: published=True is NVFP4 without smooth_v and four_or_six, but qk={self.qk!r}, "
-                f"smooth_v={self.smooth_v} and four_or_six={self.four_or_six}; drop published or those."
-            )
+        for field, value in (dict(qk="nvfp4") | PUBLISHED).items() if self.published else ():
+            if getattr(self, field) != value:
+                raise ValueError(
+                    f"Recipe {self.name!r}: published=True goes with {field}={value!r}, as in the paper, but {field}="
+                    f"{getattr(self, field)!r}; drop one of the two."
+                )
 
     def replace(self, **changes) -> Recipe:
         """A copy with some fields changed; the name gains the changes unless a new one is given. Where `smooth_v` is what
-        it would be by default, it becomes the default of the changed recipe. published=True also switches off what the
-        paper does not have.
+        it would be by default, it becomes the default of the changed recipe. published=True also sets the fields that
+        the paper fixes.
         """
         unknown = set(changes) - {f.name for f in dataclasses.fields(self)}
         if unknown:
@@ -135,7 +137,7 @@ class Recipe:
             suffix = ",".join(f"{k}={v}" for k, v in changes.items())
             changes["name"] = f"{self.name}[{suffix}]"
         if changes.get("published"):
-            changes = {"smooth_v": False, "four_or_six": False} | changes
+            changes = PUBLISHED | changes
         elif self.smooth_v == self._smooths_values:
             changes.setdefault("smooth_v", None)
         return dataclasses.replace(self, **changes)

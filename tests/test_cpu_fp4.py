@@ -126,6 +126,14 @@ def test_magnitudes(magnitude):
             assert_same_bits(x, y)
 
 
+@pytest.mark.parametrize("spread", [0.0, 2.0**-14])
+def test_queries_alike(spread):
+    case = Case("alike", B=1, T=130, S=70)
+    q, k, v, masks = problem(case)
+    q = q[:, :1].astype(jnp.bfloat16).astype(jnp.float32) + spread * q
+    compare(run(case, SAGE3, "cpu", q, k, v, masks), run(case, SAGE3, "reference", q, k, v, masks))
+
+
 def test_the_public_function_takes_the_kernels():
     q, k, v, _ = problem(Case("public", T=130, S=150, N=4, K=2))
     explained = sage_jax.explain(q, k, v, recipe="sage3", implementation="cpu")

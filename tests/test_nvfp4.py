@@ -278,6 +278,27 @@ def test_near_exact_attention_under_every_mask(case):
     assert np.abs(np.asarray(lse - exact_lse)[~empty]).mean() < 0.12
 
 
+@pytest.mark.parametrize("recipe", [PUBLISHED, SAGE3], ids=["published", "sage3"])
+@pytest.mark.parametrize("spread", [0.0, 2.0**-9, 2.0**-14, 2.0**-24])
+def test_queries_that_are_almost_their_mean_keep_the_product_with_the_mean(recipe, spread):
+    """Where Q less its mean is (almost) zero, ΔS is all there is."""
+    case = Case("alike", B=1, T=130, S=150, N=2, K=1)
+    q, k, v, _, _, masks = make_inputs(case)
+    q = 8 * q[:, :1].astype(jnp.bfloat16).astype(jnp.float32) + spread * q
+    exact, exact_lse = exact_forward(q, k, v, masks, **window(case))
+    _, _, out, lse = attention(q, k, v, masks, recipe)
+    assert relative_l2(out, exact) < 0.2  # P and V in FP4; the mean of V is 1.0 away
+    assert np.abs(np.asarray(lse - exact_lse)).max() < 1e-3 + 2 * spread
+
+
+def test_a_mean_far_above_what_is_left_does_not_overflow():
+    case = Case("far", B=1, T=128, S=70, N=1, K=1)
+    q, k, v, _, _, masks = make_inputs(case)
+    q = q * 1e-25 + jnp.float32(2.0**40)  # whose mean rounds to itself
+    _, _, out, lse = attention(q, k, v, masks, SAGE3)
+    assert np.isfinite(np.asarray(out)).all() and np.isfinite(np.asarray(lse)).all()
+
+
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_token_reaches_the_rows_that_see_it_and_no_other(where, bad):

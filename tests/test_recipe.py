@@ -61,9 +61,13 @@ def test_published_sage3_is_the_paper_s():
     assert published.name == "sage3[published=True]" and published.published
     assert (ours.smooth_v, ours.four_or_six) == (True, True)
     assert (published.smooth_v, published.four_or_six, published.smooth_q) == (False, False, True)
-    for contradiction in (dict(smooth_v=True), dict(four_or_six=True)):
-        with pytest.raises(ValueError, match="published=True is NVFP4 without smooth_v and four"):
+    for field in ("smooth_v", "four_or_six", "smooth_q", "smooth_k"):
+        contradiction = {field: not getattr(published, field)}
+        with pytest.raises(ValueError, match=f"published=True goes with {field}="):
             ours.replace(published=True, **contradiction)
+    with pytest.raises(ValueError, match="published=True goes with qk='nvfp4'"):
+        ours.replace(published=True, qk="mxfp4", pv="mxfp4")
+    assert ours.replace(smooth_q=False).replace(published=True).smooth_q
 
 
 def test_fp4_recipes_are_differentiated_in_8_bits():

@@ -36,6 +36,9 @@ SAGE_HOST_DEVICE float e2m1_value(uint32_t code) {
   return bits_float(float_bits(value) | (code & 8u) << 28);
 }
 
+// A block of queries counts as at least this fraction of their mean, whose product with K′ has the same unit.
+inline constexpr float kMeanFloor = 0x1p-12f;
+
 // A tensor's scale 2^e, such that amax · 2^-e lies in [512, 1024), and its inverse.
 SAGE_HOST_DEVICE GroupScale tensor_scale(float amax) {
   if (amax < kTinyAmax) return {0.0f, 0.0f};

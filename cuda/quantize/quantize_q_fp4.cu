@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_queries(const QuantizeQFp
   }
 
   // ---------------------------------------------------------------------------------------- codes
-  float largest = 0.0f;
+  float largest = largest_magnitude(mean) * kMeanFloor;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
 #pragma unroll
