@@ -77,7 +77,9 @@ HALF_MANGLED = (
 def warpgroup_kernel(mangled=WGMMA_MANGLED, registers=168, **changes):
     values = "HGMMA" if "Half" in mangled else "QGMMA"
     instructions = {"IGMMA": 12, values: 8, "UTMALDG": 6, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 3, **changes}
-    return census.Kernel("90a", census.short_name(mangled), registers, instructions=Counter(instructions))
+    return census.Kernel(
+        "90a", census.short_name(mangled), registers, instructions=Counter(instructions), lowered={56}, raised={224}
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,104 @@ def test_complains_about_a_warpgroup_kernel(mangled, changes, complaint):
     assert complaint in sentence
 
 
+FP4_MANGLED = "_ZN4sage5sm12017attention_fwd_fp4INS0_13ForwardConfigILi64ELi12EEEEEvNS0_11ForwardCallE"
+MOVES = """
+arch = sm_120a
+\t\tFunction : {name}
+        /*0000*/              @!P1 LDSM.16.M88.4 R24, [R5+0x9780] ;
+        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.128 [R7], desc[UR4][R2.64], P0 ;
+        /*0020*/                   UTMALDG.2D [UR8], [UR6], desc[UR10] ;
+        /*0030*/                   USETMAXREG.DEALLOC.CTAPOOL {loader} ;
+        /*0040*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, {consumer} ;
+        /*0050*/                   OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X R4, R4, R8, R4, R9, R10 ;
+"""
+
+
+def moving_kernel(loader="0x38", consumer="0x98", registers=128, mangled=FP4_MANGLED):
+    found = {}
+    text = MOVES.format(name=mangled, loader=loader, consumer=consumer)
+    census.parse_sass(text.splitlines(), found)
+    (kernel,) = found.values()
+    kernel.registers = registers
+    return kernel
+
+
+@pytest.fixture
+def no_loops(monkeypatch):
+    monkeypatch.setattr(census, "LOOPS", {})
+
+
+def test_reads_how_many_registers_move(no_loops):
+    kernel = moving_kernel()
+    assert kernel.name == "attention_fwd_fp4<ForwardConfig 64 12>"
+    assert (kernel.lowered, kernel.raised) == ({56}, {152})
+    assert census.violations([kernel]) == []
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        (dict(consumer="0xa0"), "leaves a consumer 160 registers, not 152"),
+        (dict(loader="0x20"), "leaves a loader 32 registers, not 56"),
+        (dict(registers=168), "starts with 168 registers, but setmaxnreg reckons with 128"),
+        (dict(mangled=FP4_MANGLED.replace("ELi12E", "ELi11E")), "say in HANDED how many"),
+    ],
+)
+def test_complains_about_moved_registers(no_loops, changes, complaint):
+    (sentence,) = census.violations([moving_kernel(**changes)])
+    assert complaint in sentence
+
+
+def test_complains_about_registers_that_stay(no_loops):
+    kernel = moving_kernel()
+    kernel.instructions["USETMAXREG"] = 0  # as where ptxas ignores setmaxnreg
+    (sentence,) = census.violations([kernel])
+    assert "has no USETMAXREG" in sentence
+
+
+def whole_library(*archs):
+    """A kernel for every entry of the tables, by name alone."""
+    named = [census.Kernel(arch, name) for arch, name in {*census.LOOPS, *census.HANDED} if arch in archs]
+    return named + [census.Kernel(archs[0], pattern.replace("*", "<128>")) for pattern, *_ in census.BUDGETS]
+
+
+def test_nothing_is_absent_from_a_whole_library_or_one_of_fewer_architectures():
+    assert census.absences(whole_library("80", "89", "90a", "120a")) == []
+    assert census.absences(whole_library("80")) == []
+
+
+@pytest.mark.parametrize("table", ["LOOPS", "HANDED"])
+@pytest.mark.parametrize("change", ["removed", "renamed"])
+def test_complains_about_an_absent_kernel_of_the_tables(table, change):
+    for arch, name in getattr(census, table):
+        kernels = [k for k in whole_library(arch) if k.name != name]
+        kernels += [census.Kernel(arch, name.replace("<", "_v2<"))] if change == "renamed" else []
+        found = census.absences(kernels)
+        assert f"the library holds no {name} for sm_{arch}, which {table} names." in found
+        assert all(name in sentence for sentence in found)
+
+
+def test_complains_about_a_budget_of_no_kernel():
+    kernels = [k for k in whole_library("80") if k.name != "dense_states"]
+    assert census.absences(kernels) == ["the library holds no dense_states, which BUDGETS names."]
+
+
+def test_the_registers_handed_out_fit_the_file():
+    for launch, loader, consumer in census.HANDED.values():
+        consumers = {128: 3, 168: 2}[launch]
+        assert loader + consumers * consumer <= (consumers + 1) * launch <= 65536 // 128
+
+
+def test_the_census_fails_on_an_absent_kernel(monkeypatch, tmp_path, capsys):
+    """Exit status and sentence of the program, on a library that lacks what LOOPS names."""
+    library = tmp_path / "library.so"
+    library.touch()
+    renamed = census.Kernel("120a", "attention_fwd_fp4_v2<ForwardConfig 128 12>")
+    monkeypatch.setattr(census, "take", lambda path: [renamed])
+    assert census.main(["--library", str(library)]) == 1
+    assert "holds no attention_fwd_fp4<ForwardConfig 128 12> for sm_120a, which LOOPS names" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("registers, complaint", [(129, "uses 129 registers, more than 128"), (128, None)])
 def test_budgets_of_registers(registers, complaint):
     found = census.violations([census.Kernel("80", "write_codes<128 AnyPiece>", registers)])
@@ -129,7 +229,11 @@ def test_complains_about_a_kernel_without_a_budget():
 
 
 def test_census_of_the_library_built_here():
+    """Of sm_120a, which all tables name; tools/census.py takes the whole census when it has built the library."""
     library = ROOT / "build" / "census" / "libsage_jax_kernels.so"
-    if not library.exists():
-        pytest.skip("no kernels were built here; tools/census.py builds them and takes their census")
-    assert census.violations(census.take(library)) == []
+    sources = [path for path in (ROOT / "cuda").rglob("*") if path.is_file()]
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        pytest.skip("no kernels were built here from these sources; tools/census.py builds them and takes their census")
+    kernels = census.take(library, "120a")
+    assert {k.arch for k in kernels} == {"120a"}
+    assert census.violations(kernels) + census.absences(kernels) == []

@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels for every architecture and takes a census of their machine code.
 
 Nothing here needs a GPU. It checks that every kernel uses the matrix instructions it was written for, keeps within its
-budget of registers, and spills nothing; it prints one line a kernel and fails with one sentence a violation.
+budget of registers, and spills nothing, and that no kernel is missing of which more is expected; it prints one line a
+kernel and fails with one sentence a violation.
 
     python tools/census.py [--library FILE] [--archs 80;89;90a;120a] [--jobs N]
 
@@ -30,8 +31,6 @@ import loops  # noqa: E402
 ARCHS = "80;89;90a;120a"
 # (kernel, registers, why): what a kernel may use, the first match counting. A matrix kernel has its multiprocessor to
 # itself and may use all that an instruction can name.
-WARPGROUP_REGISTERS = 168  # x 384 threads is the file; setmaxnreg hands out exactly that
-THREE_CONSUMERS = ("*E4m3Values 64>", "*DqConfig 64>", "*DkvConfig 64>")  # 512 threads, 128 registers each
 BUDGETS = (
     ("*256*", 128, "512 threads a block"),
     ("dense_states", 40, "latency is hidden by warps"),
@@ -51,12 +50,29 @@ BUDGETS = (
     ("fp4_delta*", 128, "two blocks of 256 threads a multiprocessor"),
     ("quantize_q*", 128, "two blocks of 256 threads a multiprocessor"),
 )
+# Registers of a thread where setmaxnreg moves them: (architecture, kernel): (at launch, of a loader, of a consumer).
+# The file has 65536: 384 threads start with 168 each, 512 with 128, and no more is handed out than that.
+TWO_CONSUMERS, THREE_CONSUMERS = (168, 56, 224), (128, 56, 152)
+HANDED = {
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 64>"): THREE_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 128>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 64>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 128>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 64>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 128>"): TWO_CONSUMERS,
+    ("90a", "backward_dq<DqConfig 64>"): THREE_CONSUMERS,
+    ("90a", "backward_dq<DqConfig 128>"): TWO_CONSUMERS,
+    ("90a", "backward_dkv<DkvConfig 64>"): (128, 32, 160),
+    ("90a", "backward_dkv<DkvConfig 128>"): (168, 40, 232),
+    ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): THREE_CONSUMERS,
+    ("120a", "attention_fwd_fp4<ForwardConfig 128 12>"): THREE_CONSUMERS,
+}
 # What a turn of a kernel's main loop may cost, per warp: (architecture, kernel): (product, products, instructions with
-# rare paths, registers). For d=128 the published kernel has 850 instructions for as many scores (16 x 128), and 168
-# registers; for d=64 a kernel of its structure would have 770 (docs/kernels/sm120_fp4.md).
+# rare paths). For d=128 the published kernel has 850 instructions for as many scores (16 x 128); for d=64 a kernel of
+# its structure would have 770 (docs/kernels/sm120_fp4.md).
 LOOPS = {
-    ("120a", "attention_fwd_fp4<ForwardConfig 128 12>"): ("OMMA", 64, 800, 168),
-    ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): ("OMMA", 32, 660, 168),
+    ("120a", "attention_fwd_fp4<ForwardConfig 128 12>"): ("OMMA", 64, 800),
+    ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): ("OMMA", 32, 660),
 }
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
@@ -72,6 +88,8 @@ class Kernel:
     stack: int = 0
     shared: int = 0
     instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    lowered: set = dataclasses.field(default_factory=set)  # to how many registers setmaxnreg lowers a thread's
+    raised: set = dataclasses.field(default_factory=set)  # and raises them
     code: list = dataclasses.field(default_factory=list)  # (address, text), of kernels in LOOPS
 
     @property
@@ -129,7 +147,7 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
         wanted = [product, ("LDSM", "ldmatrix"), ("LDGSTS", "cp.async")]
         if arch >= 90:
             wanted.append(("UTMALDG", "tensor copies"))
-        if name.endswith(" 12>"):
+        if (kernel.arch, name) in HANDED:
             wanted.append(("USETMAXREG", "registers handed from the loader to the consumers"))
         return wanted
     if name.startswith(("attention_", "backward_d")):
@@ -154,10 +172,6 @@ def _is_matrix_kernel(kernel: Kernel) -> bool:
 
 def _warpgroup_violations(k: Kernel, where: str) -> list[str]:
     found = []
-    three = any(fnmatch.fnmatchcase(k.name, name) for name in THREE_CONSUMERS)
-    registers = 128 if three else WARPGROUP_REGISTERS
-    if k.registers != registers:
-        found.append(f"{where} starts with {k.registers} registers, but setmaxnreg reckons with {registers}.")
     products = sum(k.instructions[opcode] for opcode in ("IGMMA", "QGMMA", "HGMMA"))
     waits = k.instructions["WARPGROUP.DEPBAR"]
     if waits >= products:  # ptxas could not keep accumulators in flight, and waits for every product
@@ -165,8 +179,25 @@ def _warpgroup_violations(k: Kernel, where: str) -> list[str]:
     return found
 
 
+def _handed_violations(k: Kernel, where: str) -> list[str]:
+    """What is wrong with the registers of a kernel that moves them; nothing to say of one that should and does not."""
+    if not k.instructions["USETMAXREG"]:
+        return []
+    if (k.arch, k.name) not in HANDED:
+        return [f"{where} moves registers by setmaxnreg; say in HANDED how many."]
+    launch, loader, consumer = HANDED[k.arch, k.name]
+    found = []
+    if k.registers != launch:
+        found.append(f"{where} starts with {k.registers} registers, but setmaxnreg reckons with {launch}.")
+    for who, seen, wanted in (("loader", k.lowered, loader), ("consumer", k.raised, consumer)):
+        if seen != {wanted}:
+            numbers = " and ".join(map(str, sorted(seen))) or "no number of"
+            found.append(f"{where} leaves a {who} {numbers} registers, not {wanted}.")
+    return found
+
+
 def _loop_violations(k: Kernel, where: str) -> list[str]:
-    product, products, most, registers = LOOPS[k.arch, k.name]
+    product, products, most = LOOPS[k.arch, k.name]
     loop = loops.main_loop(k.code, product)
     if loop is None:
         return [f"{where} has no loop around {product}."]
@@ -175,13 +206,30 @@ def _loop_violations(k: Kernel, where: str) -> list[str]:
         found.append(f"{where} executes {loop.count(product)} {product} in a turn of its main loop, not {products}.")
     if loop.instructions > most:
         found.append(f"{where} has {loop.instructions} instructions in its main loop, more than {most}.")
-    if k.registers > registers:
-        found.append(f"{where} uses {k.registers} registers, more than {registers}.")
+    return found
+
+
+def absences(kernels: list[Kernel]) -> list[str]:
+    """One sentence for everything that the tables above expect and a whole library lacks.
+
+    Without them a kernel that is renamed or not built would take its checks with it. Of an architecture that the
+    library was not built for nothing is expected.
+    """
+    built, present = {k.arch for k in kernels}, {(k.arch, k.name) for k in kernels}
+    found = []
+    for table, entries in (("HANDED", HANDED), ("LOOPS", LOOPS)):
+        for arch, name in entries:
+            if arch in built and (arch, name) not in present:
+                found.append(f"the library holds no {name} for sm_{arch}, which {table} names.")
+    others = [k.name for k in kernels if not _is_matrix_kernel(k)]
+    for pattern, *_ in BUDGETS:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in others):
+            found.append(f"the library holds no {pattern}, which BUDGETS names.")
     return found
 
 
 def violations(kernels: list[Kernel]) -> list[str]:
-    """One sentence for everything that is not as it should be."""
+    """One sentence for everything about these kernels that is not as it should be."""
     found = []
     for k in kernels:
         where = f"{k.name} for sm_{k.arch}"
@@ -198,6 +246,7 @@ def violations(kernels: list[Kernel]) -> list[str]:
                 found.append(f"{where} has no budget of registers; give it one in BUDGETS.")
             elif k.registers > budget:
                 found.append(f"{where} uses {k.registers} registers, more than {budget} ({why}).")
+        found += _handed_violations(k, where)
         if (k.arch, k.name) in LOOPS:
             found += _loop_violations(k, where)
         for opcode, reason in expected(k):
@@ -210,6 +259,7 @@ OPCODE = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"
     r"(IMMA|QMMA|OMMA|HMMA|IGMMA|QGMMA|HGMMA|WARPGROUP\.\w+|UTMALDG|USETMAXREG|LDSM|LDGSTS|STL|LDL|MUFU)\b"
 )
+MOVED = re.compile(r"USETMAXREG\.(DEALLOC|TRY_ALLOC)\S*\s+(?:UP\w+,\s*)?(0x[0-9a-f]+)")
 
 
 def parse_sass(lines, kernels: dict[tuple[str, str], Kernel]):
@@ -224,6 +274,8 @@ def parse_sass(lines, kernels: dict[tuple[str, str], Kernel]):
         elif current is not None:
             if match := OPCODE.match(line):
                 current.instructions[match[1]] += 1
+            if match := MOVED.search(line):
+                (current.lowered if match[1] == "DEALLOC" else current.raised).add(int(match[2], 16))
             if (arch, current.name) in LOOPS and (instruction := loops.instruction(line)):
                 current.code.append(instruction)
 
@@ -241,11 +293,12 @@ def parse_resources(lines, kernels: dict[tuple[str, str], Kernel]):
             kernel.registers, kernel.stack, kernel.shared = map(int, match.groups())
 
 
-def take(library: pathlib.Path) -> list[Kernel]:
-    """The census of a shared library, sorted by name and architecture."""
+def take(library: pathlib.Path, arch: str | None = None) -> list[Kernel]:
+    """The census of a shared library, sorted by name and architecture; of one architecture if it is given."""
     tool, kernels = cuobjdump(), {}
+    of_arch = ["-arch", f"sm_{arch}"] if arch else []
     for option, parse in (("-sass", parse_sass), ("-res-usage", parse_resources)):
-        command = [tool, option, str(library)]
+        command = [tool, option, *of_arch, str(library)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_tool_env()) as process:
             parse(process.stdout, kernels)
         if process.returncode:
@@ -348,7 +401,7 @@ def main(argv=None) -> int:
     print(table(kernels))
     print(loop_table(kernels))
     built = {k.arch for k in kernels}
-    found = violations(kernels)
+    found = violations(kernels) + absences(kernels)
     if options.library is None:
         absent = [a for a in options.archs.split(";") if a not in built]
         found += [f"the library holds no kernel for sm_{a}." for a in absent]
