@@ -272,6 +272,16 @@ def _placing(mesh, specs):
     return jax.jit(lambda *arrays: tuple(map(place, arrays, specs)))
 
 
+def alike(*arrays):
+    """The arrays [B], all split over explicit mesh axes as the first that is split there."""
+    mesh = _compat.typed_mesh(*arrays)
+    if mesh is None:
+        return arrays
+    specs = _typed_specs(arrays)
+    spec = PartitionSpec(*next((spec for spec in specs if any(map(_names, spec))), specs[0]))
+    return _placing(mesh, (spec,) * len(arrays))(*arrays)
+
+
 def settle(operand_layouts: str, operands):
     """The operands as they can be split over explicit mesh axes, and a function that gives
     attention's results, out [B, T, N, H] and lse [B, N, T], the query's own sharding.

@@ -106,7 +106,8 @@ def dot_product_attention(
         _optional(query_segment_ids, 2, jnp.int32),
         _optional(key_value_segment_ids, 2, jnp.int32),
         _optional(mask, 4, jnp.bool_),
-        None if bias is None else guard(_optional(bias, 4, jnp.float32)),
+        # one without entries adds nothing, and has nothing to differentiate
+        None if bias is None or jnp.size(bias) == 0 else guard(_optional(bias, 4, jnp.float32)),
     )
     operands, restore = _sharding.settle(_OPERANDS, (q, k, v, *masks))
     q, k, v, *masks = _sharding.align(*operands)
@@ -135,6 +136,6 @@ def bounds(q, k, query_lengths, key_lengths, causal_alignment):
             return jnp.full((batch,), tokens, jnp.int32)
         return jnp.clip(jnp.asarray(lengths), 0, tokens).astype(jnp.int32)
 
-    q_len, kv_len = valid(query_lengths, queries), valid(key_lengths, keys)
+    q_len, kv_len = _sharding.alike(valid(query_lengths, queries), valid(key_lengths, keys))
     offset = kv_len - q_len if causal_alignment == "bottom_right" else jnp.zeros_like(q_len)
     return jnp.stack([q_len, kv_len, offset], axis=1)

@@ -209,6 +209,19 @@ def test_rows_that_see_nothing(implementation):
     assert all(np.all(np.isfinite(g)) for g in (dq, dk, dv))
 
 
+@pytest.mark.parametrize("shape", [(0, T, S), (B, 0, S), (B, T, 0)], ids=str)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "broadcast"])
+def test_bias_where_nothing_is_to_be_seen(shape, full):
+    b, t, s = shape
+    x = inputs(t=t, s=s, batch=b)
+    bias = jnp.zeros((b, N, t, s) if full else (1, N, t, 1))
+    loss = lambda q, k, v, bias: jnp.sum(attend(q, k, v, bias))  # noqa: E731
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2, 3))(*x, bias)
+    assert value == 0
+    for gradient, given in zip(gradients, (*x, bias), strict=True):
+        assert_same_bits(gradient, jnp.zeros_like(given))
+
+
 @pytest.mark.parametrize(
     "shape", [(0, T, S), (B, 0, S), (B, T, 0)], ids=["batch", "queries", "keys"]
 )

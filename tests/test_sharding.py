@@ -100,6 +100,36 @@ def test_masks_of_every_kind(kind):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize(
+    "specs",
+    [(P("b"), None), (None, P("b")), (P("b"), P("b")), (P(), P("b")), (P("h"), P("b"))],
+    ids=str,
+)
+def test_lengths_under_set_mesh(kind, alignment, specs):
+    """One array of lengths or two, placed like the batch or otherwise."""
+    mesh = make_mesh(kind)
+    lengths = jnp.array([3, 24, 17, 9], jnp.int32)
+    names = "query_seq_lengths", "key_value_seq_lengths"
+    masks = {name: lengths for name, spec in zip(names, specs, strict=True) if spec is not None}
+    specs = {name: spec for name, spec in zip(names, specs, strict=True) if spec is not None}
+
+    def f(q, k, v, dout, masks):  # without the LSE, −inf in rows that see nothing
+        out, _, *gradients = results(q, k, v, dout, causal_alignment=alignment, **masks)
+        return out, *gradients
+
+    x = inputs()
+    x.append(jnp.cos(x[0]))
+    expected = f(*x, masks)
+    with jax.set_mesh(mesh):
+        placed = put(mesh, (BOTH,) * 4, x)
+        masks = {name: jax.device_put(lengths, NamedSharding(mesh, specs[name])) for name in specs}
+        for run in (f, jax.jit(f)):
+            for got, wanted in zip(run(*placed, masks), expected, strict=True):
+                assert relative_l2(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_broadcast_mask_over_batch_and_heads(kind):
     mesh = make_mesh(kind)
     mask = jnp.asarray(np.random.default_rng(1).random((T, S)) < 0.8)
