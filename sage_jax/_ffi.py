@@ -425,6 +425,7 @@ def operation(name: str, settings: Settings):
 
     def call(*operands):
         given = tuple(x is not None for x in operands)
-        return _on(name, settings, given)(*_only(given, operands))
+        with jax.disable_jit(False):  # the operation itself stays compiled inside jax.disable_jit()
+            return _on(name, settings, given)(*_only(given, operands))
 
     return call

@@ -52,6 +52,17 @@ def test_jit_is_eager():
     assert_all_close(jax.jit(gradients)(*x), gradients(*x))
 
 
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_without_jit(implementation):
+    x = inputs(B)
+    call = functools.partial(attend, implementation=implementation)
+    grads = functools.partial(gradients, implementation=implementation)
+    expected = call(*x), grads(*x), jax.vmap(call)(*(a[None] for a in x))
+    with jax.disable_jit():
+        actual = call(*x), grads(*x), jax.vmap(call)(*(a[None] for a in x))
+    assert_all_same(actual, expected)
+
+
 def test_value_and_grad_value_is_the_forward_value():
     """No recipe given: differentiating does not change the forward numbers."""
     x = inputs(B)
