@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import numbers
 import operator
@@ -19,6 +20,7 @@ from sage_jax.masking import OPEN
 from sage_jax.recipe import MAX_HEAD_DIM, Recipe
 
 DTYPES = ("bfloat16", "float16", "float32")
+JAX_PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 ALIGNMENTS = ("top_left", "bottom_right")
 
 
@@ -67,12 +69,16 @@ def plan(
       ImportError: the native module that the call needs was not built.
     """
     del return_residual
+    _check_names(implementation, platform)
     query, key, value = map(_shaped, ("query", "key", "value"), (query, key, value))
     bias, mask = map(_optional, ("bias", "mask"), (bias, mask))
     query_seq_lengths = _optional("query_seq_lengths", query_seq_lengths)
     key_value_seq_lengths = _optional("key_value_seq_lengths", key_value_seq_lengths)
-    query_segment_ids = _optional("query_segment_ids", query_segment_ids)
-    key_value_segment_ids = _optional("key_value_segment_ids", key_value_segment_ids)
+    segments = {
+        "query_segment_ids": query_segment_ids,
+        "key_value_segment_ids": key_value_segment_ids,
+    }
+    query_segment_ids, key_value_segment_ids = map(_optional, segments, segments.values())
     B, T, N, S, _, H = _check_shapes(query, key, value)
     dtype = _check_dtypes(query, key, value)
     _check_logit_array("bias", bias, (B, N, T, S))
@@ -95,6 +101,8 @@ def plan(
     _check_integers("key_value_seq_lengths", key_value_seq_lengths, [(B,)])
     _check_integers("query_segment_ids", query_segment_ids, [(B, T)] + [(T,)] * three)
     _check_integers("key_value_segment_ids", key_value_segment_ids, [(B, S)] + [(S,)] * three)
+    for name, ids in segments.items():
+        _check_range(name, ids)
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         given = "query_segment_ids" if key_value_segment_ids is None else "key_value_segment_ids"
         raise ValueError(
@@ -223,6 +231,24 @@ def _check_integers(name, x, shapes):
         )
 
 
+def _check_range(name, ids):
+    """Segment ids are compared as int32: the values of a NumPy array or a list have to fit, and the
+    type of any other array.
+    """
+    if ids is None:
+        return
+    if hasattr(ids, "dtype") and not isinstance(ids, (np.ndarray, np.generic)):
+        fits, given = np.can_cast(ids.dtype, np.int32), f"dtype {ids.dtype}"
+    else:
+        least, most = np.min(ids, initial=0), np.max(ids, initial=0)
+        fits, given = -(2**31) <= least and most < 2**31, f"values from {least} to {most}"
+    if not fits:
+        raise ValueError(
+            f"{name} has {given}, but ids are compared as int32; number the segments from 0 and "
+            "cast with .astype(jnp.int32)."
+        )
+
+
 def _window(size, is_causal):
     """(left, right) window edges; OPEN where nothing is excluded."""
     pair = (None, None) if size is None else size
@@ -249,14 +275,27 @@ def _scale(scale, head_dim):
         raise ValueError(f"scale should be a scalar, but got an array of shape {scale.shape}.")
     if isinstance(scale, jax.Array) or not isinstance(scale, (numbers.Real, np.ndarray)):
         return 1.0, True
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} is not finite; leave it out for 1/sqrt(head dimension).")
+    try:
+        finite = abs(float(scale)) <= float(np.finfo(np.float32).max)
+    except OverflowError:  # of a huge int
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"scale={scale!r} is not finite in float32, the type of the softmax; leave it out for "
+            "1/sqrt(head dimension)."
+        )
     if not np.float32(scale) > 0:
         return 1.0, True
     return float(scale), False
 
 
-def _check_implementation(implementation, has_bias, platform):
+def _check_names(implementation, platform):
+    """Raises for an implementation or a platform that does not exist."""
+    if not isinstance(implementation, (str, type(None))):
+        raise TypeError(
+            f"implementation should be a name or None, but got {implementation!r}; choose one of "
+            f"{_names(_ffi.IMPLEMENTATIONS)}."
+        )
     if implementation in ("xla", "cudnn"):
         raise ValueError(
             f"implementation={implementation!r} names an exact kernel of JAX, not an 8-bit one; "
@@ -264,11 +303,23 @@ def _check_implementation(implementation, has_bias, platform):
             f"jax.nn.dot_product_attention(..., implementation={implementation!r}) for it."
         )
     if implementation not in (None, *_ffi.IMPLEMENTATIONS):
-        names = ", ".join(repr(name) for name in _ffi.IMPLEMENTATIONS)
         raise ValueError(
-            f"implementation={implementation!r} is unknown; choose one of {names}, or None for "
-            f"the platform's own."
+            f"implementation={implementation!r} is unknown; choose one of "
+            f"{_names(_ffi.IMPLEMENTATIONS)}, or None for the platform's own."
         )
+    if platform is not None and platform not in JAX_PLATFORMS:
+        if not isinstance(platform, str) or platform != jax.default_backend():
+            raise ValueError(
+                f"platform={platform!r} is unknown; choose one of {_names(JAX_PLATFORMS)}, or None "
+                "for JAX's default one."
+            )
+
+
+def _names(choices):
+    return ", ".join(map(repr, choices))
+
+
+def _check_implementation(implementation, has_bias, platform):
     on_gpu = platform in ("gpu", "cuda")
     if has_bias and (implementation == "cuda" or (implementation is None and on_gpu)):
         raise ValueError(_ffi.NO_BIAS_ON_CUDA)
@@ -289,12 +340,23 @@ def _check_implementation(implementation, has_bias, platform):
 
 
 def _plan_for(platform, args, kwargs):
-    """The plan of a call. If no platform is given, the call is to run here."""
+    """The plan of a call that is to run on this platform, JAX's default one if None."""
+    try:
+        _CALL.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"dot_product_attention: {error}; help(sage_jax.dot_product_attention) explains its "
+            "arguments."
+        ) from None
     planned = plan(*args, platform=platform, **kwargs)
     chosen = planned.settings.implementation
-    if platform is None and chosen in _ffi.PLATFORMS and chosen != _native_platform():
+    if chosen in _ffi.PLATFORMS and chosen != _native_platform(platform):
         raise ValueError(_ffi.other_platform(chosen))
     return planned
+
+
+_CALL = inspect.signature(plan)
+_CALL = _CALL.replace(parameters=[p for p in _CALL.parameters.values() if p.name != "platform"])
 
 
 def _native_platform(platform=None):

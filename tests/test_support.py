@@ -1,5 +1,7 @@
 """What is refused, in one sentence, and what `supports` and `explain` say of a call before it runs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,11 +42,15 @@ ERRORS = {
     "window": ((q0, k0, v0), dict(local_window_size=(1, 2, 3)), "local_window_size=\\(1, 2, 3\\)"),
     "window_float": ((q0, k0, v0), dict(local_window_size=1.5), "local_window_size=1.5"),
     "scale": ((q0, k0, v0), dict(scale=float("nan")), "scale=nan is not finite"),
+    "scale_float32": ((q0, k0, v0), dict(scale=1e300), "scale=1e\\+300 is not finite in float32"),
     "scale_type": ((q0, k0, v0), dict(scale="big"), "scale should be a number"),
     "causal": ((q0, k0, v0), dict(is_causal=1), "is_causal should be True or False"),
     "xla": ((q0, k0, v0), dict(implementation="xla"), "call jax.nn.dot_product_attention"),
     "cudnn": ((q0, k0, v0), dict(implementation="cudnn"), "call jax.nn.dot_product_attention"),
     "implementation": ((q0, k0, v0), dict(implementation="tpu"), "choose one of 'cpu', 'cuda', 'reference'"),
+    "implementation_list": ((q0, k0, v0), dict(implementation=["cpu"]), "should be a name or None, but got \\['cpu'\\]"),
+    "wide_ids": ((q0, k0, v0), dict(query_segment_ids=np.full((B, T), 2**33), key_value_segment_ids=np.zeros((B, S), int)),
+                 "query_segment_ids has values from 0 to 8589934592, but ids are compared as int32"),
     "recipe": ((q0, k0, v0), dict(recipe="sage9"), "recipe='sage9' is unknown; choose one of sage1"),
     "cuda_bias": ((q0, k0, v0), dict(bias=array(T, S), implementation="cuda"), "bias is not supported by"),
 }  # fmt: skip
@@ -98,6 +104,33 @@ def test_supports_takes_the_lists_and_numpy_arrays_that_the_function_takes():
     assert "integer array of shape (2,)" in sage_jax.supports(*x, query_seq_lengths=[1.5, 2.5])
 
 
+def test_segment_ids_of_wide_types_are_refused_and_small_ones_in_numpy_taken():
+    attend_x64 = functools.partial(attend, *inputs())
+    ids = np.arange(S) // 20 * np.ones((B, 1), int)  # int64, with values that fit
+    segments = dict(query_segment_ids=ids[:, :T], key_value_segment_ids=ids)
+    expected = attend_x64(**segments)
+    with jax.enable_x64(True):
+        assert_same_bits(attend_x64(**segments), expected)
+        segments["key_value_segment_ids"] = jnp.asarray(ids)
+        with pytest.raises(ValueError, match="key_value_segment_ids has dtype int64"):
+            attend_x64(**segments)
+
+
+@pytest.mark.parametrize(
+    "args,kwargs,sentence",
+    [
+        ((q0, k0, v0), dict(dropout=1), "unexpected keyword argument 'dropout'"),
+        ((q0, k0), {}, "missing a required argument: 'value'"),
+        ((q0, k0, v0, None, None, 0.1), {}, "too many positional arguments"),
+    ],
+)
+def test_arguments_that_do_not_exist(args, kwargs, sentence):
+    said = sage_jax.supports(*args, **kwargs)
+    assert said.startswith("dot_product_attention: ") and sentence in said and said.endswith(".")
+    with pytest.raises(TypeError):
+        attend(*args, **kwargs)
+
+
 def test_a_gpu_without_cuda_kernels_is_an_error_before_anything_runs(monkeypatch):
     monkeypatch.setattr(_ffi, "load", lambda implementation: None)
     sentence = sage_jax.supports(q0, k0, v0, platform="gpu")
@@ -115,6 +148,23 @@ def test_an_implementation_for_another_platform_is_refused_when_compiled():
     assert sage_jax.supports(q0, k0, v0, implementation="cuda") == sentence
     with pytest.raises(ValueError, match="another platform"):
         sage_jax.explain(q0, k0, v0, implementation="cuda")
+
+
+@pytest.mark.parametrize(
+    "implementation,platform", [("cpu", "cuda"), ("cpu", "gpu"), ("cuda", "tpu"), ("cuda", "cpu")]
+)
+def test_an_implementation_and_the_platform_asked_about_have_to_agree(implementation, platform):
+    call = dict(implementation=implementation, platform=platform)
+    assert "compiled for another platform" in sage_jax.supports(q0, k0, v0, **call)
+    with pytest.raises(ValueError, match="compiled for another platform"):
+        sage_jax.explain(q0, k0, v0, **call)
+    assert sage_jax.supports(q0, k0, v0, implementation="reference", platform=platform) is None
+
+
+@pytest.mark.parametrize("platform", ["nonsense", 3, ["cpu"], ""])
+def test_platforms_that_do_not_exist(platform):
+    said = sage_jax.supports(q0, k0, v0, platform=platform)
+    assert said.startswith(f"platform={platform!r} is unknown; choose one of 'cpu', 'cuda'")
 
 
 def test_another_platform_may_be_asked_about(monkeypatch):
