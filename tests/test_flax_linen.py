@@ -75,6 +75,11 @@ def test_adapter_gets_the_mask_through_the_filter_of_linen():
     assert not any(p.kind is p.VAR_KEYWORD for p in ours.values())
 
 
+def test_a_window_may_be_a_list():
+    layers = [sage_layer(local_window_size=window) for window in ([3, 0], (3, 0))]
+    assert layers[0] == layers[1] and hash(layers[0]) == hash(layers[1])
+
+
 @pytest.mark.parametrize(
     "options,keywords,message",
     [

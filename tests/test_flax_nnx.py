@@ -117,6 +117,25 @@ def test_adapter_hands_its_settings_on():
         attention_fn(recipe="sage9")
 
 
+def test_adapters_are_shared_between_equal_arguments_only():
+    assert attention_fn("train8") is attention_fn(recipe=sage_jax.recipes["train8"])
+    assert attention_fn(local_window_size=[3, 0]) is attention_fn(local_window_size=(3, 0))
+    q = normal(0, 1, 4, 1, H)
+    assert attention_fn(scale=1)(q, q, q).shape == q.shape
+    with pytest.raises(TypeError, match="scale should be a number"):
+        attention_fn(scale=True)(q, q, q)
+    for settings in (dict(scale=jnp.float32(1)), dict(local_window_size=np.array([3, 0]))):
+        with pytest.raises(TypeError, match="should be a plain Python value, but attention_fn got"):
+            attention_fn(**settings)
+
+
+def test_a_window_may_be_a_list():
+    x = normal(0, B, T, F)
+    listed, paired = (sage_layer(local_window_size=w) for w in ([3, 0], (3, 0)))
+    call = nnx.jit(lambda layer, x: layer(x))
+    np.testing.assert_array_equal(call(listed, x), call(paired, x))
+
+
 @pytest.mark.parametrize(
     "keywords,message",
     [

@@ -41,6 +41,10 @@ class Attention:
     local_window_size: int | tuple[int | None, int | None] | None
     rope_theta: float | None
 
+    def __post_init__(self):
+        if isinstance(self.local_window_size, list):
+            object.__setattr__(self, "local_window_size", tuple(self.local_window_size))
+
     def full(self, query, key, value, *, mask, is_causal, positions, is_self, **extents):
         """Attention over the keys and values at hand.
 

@@ -17,7 +17,6 @@ from sage_jax.flax._batch import attend_folded, layer_recipe
 from sage_jax.recipe import Recipe
 
 
-@functools.lru_cache(maxsize=None)
 def attention_fn(
     recipe: str | Recipe | None = None,
     implementation: str | None = None,
@@ -30,7 +29,8 @@ def attention_fn(
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`.
 
-    Equal arguments give the same function object, so that layers made alike share compiled code.
+    Equal arguments of the same types give the same function object, so that layers made alike share
+    compiled code.
 
     Args:
       recipe, implementation, scale, local_window_size, causal_alignment: as in
@@ -44,8 +44,43 @@ def attention_fn(
     Returns:
       A function of query [..., T, N, H], key and value [..., S, K, H] and the keywords of Flax,
       which gives [..., T, N, H].
+
+    Raises:
+      ValueError: the recipe is unknown.
+      TypeError: an argument is an array, which could not be compared with those of other layers.
     """
-    recipe = layer_recipe(recipe)
+    if isinstance(local_window_size, list):
+        local_window_size = tuple(local_window_size)
+    settings = {
+        "implementation": implementation,
+        "scale": scale,
+        "is_causal": is_causal,
+        "local_window_size": local_window_size,
+        "causal_alignment": causal_alignment,
+        "deterministic_gradients": deterministic_gradients,
+    }
+    for name, value in settings.items():
+        try:
+            hash(value)
+        except TypeError:
+            raise TypeError(
+                f"{name} should be a plain Python value, but attention_fn got {value!r}; arrays can "
+                "be given to sage_jax.dot_product_attention."
+            ) from None
+    return _adapter(layer_recipe(recipe), **settings)
+
+
+@functools.lru_cache(maxsize=None, typed=True)  # 1 and True are equal, but not both right
+def _adapter(
+    recipe,
+    *,
+    implementation,
+    scale,
+    is_causal,
+    local_window_size,
+    causal_alignment,
+    deterministic_gradients,
+):
     always_causal = is_causal
 
     def attention(

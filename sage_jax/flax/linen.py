@@ -81,6 +81,11 @@ class SageAttention(nn.Module):
     bias_init: Callable = nn.initializers.zeros
     out_bias_init: Callable | None = None
 
+    def __post_init__(self):
+        if isinstance(self.local_window_size, list):  # a module has to be hashable
+            self.local_window_size = tuple(self.local_window_size)
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
