@@ -28,12 +28,13 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # runs from a plain checkout too
 
+import commandline  # noqa: E402
 import contenders  # noqa: E402
 import measuring  # noqa: E402
 import resultfile  # noqa: E402
 
 from sage_jax import accuracy  # noqa: E402
-from sage_jax.recipe import PRESETS, Recipe, resolve  # noqa: E402
+from sage_jax.recipe import MAX_HEAD_DIM, PRESETS, Recipe, resolve  # noqa: E402
 
 PASSES = ("fwd", "bwd", "fwd_bwd", "quantize")
 DATA = ("normal", "outlier", "sink", "sigma3")
@@ -254,20 +255,16 @@ def done(step: Line | Case, results: dict[str, Any], recipes: list[Recipe]) -> b
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, checked and completed from the preset."""
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = commandline.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, number, count = parser.add_argument, commandline.positive(float), commandline.positive(int)
     add("--preset", choices=PRESET_VALUES, help="grid to start from (default: by JAX's device)")
     add(
         "--output", type=pathlib.Path, help="file to write (default: benchmarks/results/<gpu>.json)"
     )
     add("--fresh", action="store_true", help="measure everything again, ignoring an earlier file")
-    add(
-        "--budget-seconds", type=_positive(float), help="stop starting measurements after this time"
-    )
+    add("--budget-seconds", type=number, help="stop starting measurements after this time")
     add(
         "--tests",
         type=pathlib.Path,
@@ -277,21 +274,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--recipes",
         nargs="+",
         type=_recipe,
-        default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: none on CUDA
+        default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: docs/nvfp4.md
         metavar="RECIPE",
         help="name, or name:field=value,... for a variant (default: all 8-bit presets)",
     )
     add("--peers", nargs="*", choices=contenders.PEERS, help="implementations to compare with")
-    add("--implementation", help="sage_jax's implementation to measure (preset: cuda or cpu)")
+    add(
+        "--implementation",
+        choices=("cpu", "cuda", "reference"),
+        help="sage_jax's implementation to measure (preset: cuda or cpu)",
+    )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
-    add("--seq", nargs="+", type=_positive(int), help="sequence lengths, the most important first")
-    add("--head-dim", nargs="+", type=_positive(int), help="head dimensions, likewise")
-    add("--tokens", type=_positive(int), help="tokens in the batch: sequence length times batch")
-    add("--channels", type=_positive(int), help="head dimension times heads")
-    add("--accuracy-seq", type=_positive(int), help="tokens of the accuracy measurements")
+    add("--seq", nargs="+", type=count, help="sequence lengths, the most important first")
+    add("--head-dim", nargs="+", type=count, help="head dimensions, likewise")
+    add("--tokens", type=count, help="tokens in the batch: sequence length times batch")
+    add("--channels", type=count, help="head dimension times heads")
+    add("--accuracy-seq", type=count, help="tokens of the accuracy measurements")
     add("--no-accuracy", dest="accuracy", action="store_false", help="measure speed only")
-    add("--repeats", type=_positive(int), default=5, help="samples of each median (default: 5)")
-    add("--seconds", type=_positive(float), help="least duration of a sample")
+    add("--repeats", type=count, default=5, help="samples of each median (default: 5)")
+    add("--seconds", type=number, help="least duration of a sample")
     options = parser.parse_args(arguments)
     options.preset = options.preset or ("cpu" if measuring.device_name() == "cpu" else "gpu")
     for name, value in PRESET_VALUES[options.preset].items():
@@ -304,29 +305,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(
                 f"--channels {options.channels} is no multiple of the head dimension {dim}"
             )
+    if max(options.head_dim) > MAX_HEAD_DIM:
+        parser.error(f"--head-dim {max(options.head_dim)} is above {MAX_HEAD_DIM}, the largest")
+    if options.output and options.output.is_dir():
+        parser.error(f"--output {options.output} is a folder; name the .json file to write")
     if options.tests and not options.tests.exists():
         parser.error(f"--tests {options.tests} does not exist; pass what pytest --junitxml wrote")
     return options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line instead of argparse's usage and message."""
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
-def _positive(kind: type):
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not value > 0:
-            name = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a positive {name}")
-        return value
-
-    return convert
+_VALUES = {"True": True, "False": False, "None": None}
 
 
 def _recipe(text: str) -> Recipe:
@@ -334,9 +322,12 @@ def _recipe(text: str) -> Recipe:
     name, _, changes = text.partition(":")
     try:
         recipe = resolve(name)
-        fields = dict(change.split("=") for change in changes.split(",")) if changes else {}
-        if "q_block" in fields:
-            fields["q_block"] = int(fields["q_block"])
+        fields = {}
+        for change in changes.split(",") if changes else ():
+            field, equals, value = change.partition("=")
+            if not equals:
+                raise ValueError(f"{change!r} in {text!r} should be field=value")
+            fields[field] = _VALUES.get(value, int(value) if value.isdecimal() else value)
         return recipe.replace(**fields)
     except ValueError as reason:
         raise argparse.ArgumentTypeError(str(reason)) from reason

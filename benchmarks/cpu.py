@@ -10,7 +10,6 @@ would miss the scratch of our handlers.) The memory columns need Linux and use f
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import subprocess
@@ -23,7 +22,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "benchmarks")]  # runs from a plain checkout too
+
+import commandline  # noqa: E402
+
 import sage_jax  # noqa: E402
+from sage_jax.support import DTYPES  # noqa: E402
 
 
 def functions(name: str, causal: bool):
@@ -94,16 +99,31 @@ def print_memory(name: str, pass_index: int, causal: bool, shape) -> None:
     print(max(peak_resident_mb() - before - size, 0.0))
 
 
+def parse(arguments: list[str] | None = None):
+    """The options, checked."""
+    count = commandline.positive(int)
+    parser = commandline.Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tokens", type=count, nargs="+", default=[1024, 4096], help="(default: 1024 4096)")
+    add("--heads", type=count, default=4, help="(default: 4)")
+    add("--head-dims", type=count, nargs="+", default=[64, 128], help="(default: 64 128)")
+    add("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
+    add("--causal", action="store_true", help="causal attention (default: full)")
+    add("--repeats", type=count, default=3, help="calls, of which the fastest counts (default: 3)")
+    add("--no-memory", action="store_true", help="skip the memory columns")
+    options = parser.parse_args(arguments)
+    for head_dim in options.head_dims:
+        q = jax.ShapeDtypeStruct((1, 1, 1, head_dim), jnp.float32)
+        refusal = sage_jax.supports(q, q, q, implementation="cpu", platform="cpu")
+        if refusal:
+            parser.error(refusal)
+    if not options.no_memory and not os.path.exists("/proc/self/clear_refs"):
+        parser.error("memory is measured on Linux only; give --no-memory")
+    return options
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--causal", action="store_true", help="causal attention (default: full)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true", help="skip the memory columns")
-    options = parser.parse_args()
+    options = parse()
 
     from sage_jax import _native_cpu
 

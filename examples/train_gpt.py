@@ -72,9 +72,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         attentions = _attentions(options)
         corpus = text.load(options.text, options.context)
-        options.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"--output {options.output} cannot be made a folder: {problem.strerror}")
 
     model = GPT(shape, rngs=nnx.Rngs(options.seed))  # under jit XLA takes minutes for a GPU
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
@@ -137,6 +140,8 @@ def _attentions(options) -> dict:
         (options.batch, options.context, options.heads, options.head_dim), DTYPES[options.dtype]
     )
     for recipe in options.recipes.split(","):
+        if recipe in attentions and recipe != "exact":
+            raise ValueError(f"--recipes names {recipe} twice; every recipe is trained once")
         ours = functools.partial(
             sage_jax.dot_product_attention,
             is_causal=True,

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 benchmark = importlib.import_module("attention")
 contenders = importlib.import_module("contenders")
+cpu_benchmark = importlib.import_module("cpu")
 measuring = importlib.import_module("measuring")
 resultfile = importlib.import_module("resultfile")
 sys.path.remove(str(ROOT / "benchmarks"))
@@ -168,6 +169,7 @@ def test_the_gpu_grid_starts_with_what_matters_most():
 
 def test_recipes_with_changes():
     options = benchmark.parse(["--recipes", "train8:dp=bf16,delta=exact", "sage2:q_block=64"])
+    assert not benchmark.parse(["--recipes", "sage2:smooth_k=False"]).recipes[0].smooth_k
     assert [(r.dp, r.delta, r.q_block) for r in options.recipes] == [
         ("bf16", "exact", 1),
         ("int8", "output", 64),
@@ -185,6 +187,13 @@ def test_recipes_with_changes():
         ("--repeats zero", "'zero' is not a positive whole number"),
         ("--budget-seconds -1", "'-1' is not a positive number"),
         ("--passes sideways", "invalid choice: 'sideways'"),
+        ("--recipes train8:dp", "'dp' in 'train8:dp' should be field=value"),
+        ("--recipes train8:q_block=x", "q_block='x'"),
+        ("--recipes train8:smooth_k=no", "smooth_k='no' is not supported"),
+        ("--head-dim 512 --channels 512", "--head-dim 512 is above 256"),
+        ("--implementation tpu", "invalid choice: 'tpu'"),
+        ("--seconds inf", "'inf' is not a positive number"),
+        ("--output .", "--output . is a folder"),
         ("--tests nowhere.xml", "--tests nowhere.xml does not exist"),
         ("--speed", "unrecognized arguments: --speed"),
     ],
@@ -192,6 +201,25 @@ def test_recipes_with_changes():
 def test_wrong_options_give_one_line(options, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.parse(["--preset", "cpu", *options.split()])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert sentence in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("--dtypes float64", "invalid choice: 'float64'"),
+        ("--heads 0", "'0' is not a positive whole number"),
+        ("--tokens -1", "'-1' is not a positive whole number"),
+        ("--head-dims 64 300", "head dimension 300 is not supported"),
+        ("--repeats 0", "'0' is not a positive whole number"),
+        ("--toke 5", "unrecognized arguments: --toke"),
+    ],
+)
+def test_wrong_options_of_the_cpu_benchmark_give_one_line(options, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cpu_benchmark.parse(options.split())
     printed = capsys.readouterr().err
     assert stopped.value.code == 2
     assert sentence in printed and printed.count("\n") == 1

@@ -90,6 +90,8 @@ def test_equal_seeds_give_equal_batches(train_gpt):
         (["--head-dim", "258"], "head dimension 258"),
         (["--recipes", "sage9"], "recipe='sage9' is unknown"),
         (["--recipes", "sage2"], "sage2"),
+        (["--recipes", "train8,train8"], "--recipes names train8 twice"),
+        (["--output", "/dev/null/x"], "--output /dev/null/x cannot be made a folder"),
         (["--text", "/nowhere"], "/nowhere is not a folder"),
         (["--prompt", ""], "--prompt is empty"),
         (["--context", "1"], "--context 1 leaves a query nothing but itself"),
