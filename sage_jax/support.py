@@ -373,8 +373,8 @@ def supports(
     Args:
       *args, **kwargs: those of the function; arrays may be `jax.ShapeDtypeStruct`.
       differentiate: whether gradients will be taken.
-      platform: "cpu", "cuda", ...: the one to compile for, here or elsewhere; by default that of
-        JAX's default backend.
+      platform: "cpu", "cuda", "gpu", "rocm" or "tpu": the one to compile for, here or elsewhere; by
+        default that of JAX's default backend. An implementation of another platform is refused.
 
     Returns:
       None if it would, otherwise the sentence that the function would raise.

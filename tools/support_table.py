@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import sage_jax
-from sage_jax import Recipe
+from sage_jax import Recipe, _vjp, support
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
@@ -68,12 +68,21 @@ def _features():
 
 def _answer(calls, implementation: str) -> str:
     """Whether every one of the calls is supported."""
-    # platform "cpu": whether the CUDA program can be lowered; that needs no GPU and no kernels.
-    where = {"implementation": implementation, "platform": "cpu"}
-    refused = any(
-        sage_jax.supports(*arguments, **where, **keywords) for arguments, keywords in calls
-    )
-    return "no" if refused else "yes"
+    try:
+        for arguments, keywords in calls:
+            _check(implementation, *arguments, **keywords)
+    except (ValueError, TypeError):
+        return "no"
+    return "yes"
+
+
+def _check(implementation, *arguments, differentiate=False, **keywords):
+    """Raises unless the call can be lowered. That needs no kernels, which `supports` would ask for:
+    platform "cpu" alone does not.
+    """
+    planned = support.plan(*arguments, implementation=implementation, platform="cpu", **keywords)
+    if differentiate:
+        _vjp.check_differentiable(planned.settings.recipe)
 
 
 def _cases() -> dict:
