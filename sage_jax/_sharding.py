@@ -306,8 +306,8 @@ def settle(operand_layouts: str, operands):
                 raise ValueError(
                     f"{name} {x.shape} is sharded over mesh axis {entry!r} along array axis "
                     f"{axis}, but attention splits "
-                    "over batch and heads only; use jax.sharding.reshard(...) first, or ring "
-                    "attention."
+                    "over batch and heads only; make that axis whole with "
+                    "jax.sharding.reshard(...) first."
                 )
     chosen = _choose(layouts, given, specs, dict(mesh.shape))
     wanted = tuple(_spec(c, x, chosen) for c, x in zip(layouts, given, strict=True))

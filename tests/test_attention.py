@@ -310,6 +310,37 @@ def test_padding_may_hold_anything(implementation):
 
 
 @each_backend
+def test_hidden_tokens_share_scales_but_not_nan(implementation):
+    """What docs/semantics.md says of tokens that are hidden otherwise than by lengths."""
+    q, k, v = inputs(t=S)
+    hidden = jnp.arange(S) >= 50
+    keep = ~hidden[None, None, None]
+    segments = dict(
+        query_segment_ids=jnp.zeros((B, S), int),
+        key_value_segment_ids=hidden * jnp.ones((B, 1), int),
+    )
+    wanted = exact(q, k[:, :50], v[:, :50])
+    for call in (dict(mask=keep), segments):
+        f = functools.partial(attend, implementation=implementation, **call)
+        error = lambda x: relative_l2(
+            f(q, *(a.at[:, 50:].set(x(a[:, 50:])) for a in (k, v))), wanted
+        )  # noqa: E731
+        assert error(lambda a: a) < BOUND and error(jnp.zeros_like) < BOUND
+        assert error(lambda a: jnp.full_like(a, jnp.nan)) < BOUND
+        assert error(lambda a: 100 * a) > 5 * BOUND
+
+
+@each_backend
+def test_a_bias_beyond_float32_hides(implementation):
+    """Once times log2 e it is −inf; larger ones are numbers."""
+    q, k, v = inputs()
+    f = functools.partial(attend, q, k, v, implementation=implementation, return_residual=True)
+    for value, seen in ((np.finfo(np.float32).min, False), (-np.inf, False), (-1e30, True)):
+        out, lse = f(jnp.zeros((T, S)).at[3].set(value))
+        assert np.any(out[:, 3]) == seen and np.all(np.isneginf(lse[:, 3])) == (not seen)
+
+
+@each_backend
 @pytest.mark.parametrize("call", ["plain", "lengths_causal", "mask"])
 def test_a_mean_of_the_values_costs_nothing(call, implementation):
     """The output's error relative to what it would be without that mean, alone and under `vmap`."""
