@@ -87,10 +87,10 @@ def test_the_table_of_a_loop_has_both_columns(monkeypatch):
     assert [line.split()[-2:] for line in table.splitlines() if "float" in line] == [["0", "2"]]
 
 
-def test_the_published_kernels_are_predicted_within_their_stated_correction():
-    """The model is off by what latencies, barriers and row ends cost: 7% and 17%."""
-    for turn, low in ((model.PUBLISHED_128, 0.8), (model.PUBLISHED_64, 0.9)):
-        assert low < turn.measured / model.rate(turn, model.RTX_5090) < 1
+def test_the_published_kernels_are_predicted_as_the_docs_say():
+    """By leaving out latencies, barriers and row ends the model is 21% and 8% too high."""
+    for turn, excess in ((model.PUBLISHED_128, 0.21), (model.PUBLISHED_64, 0.08)):
+        assert model.rate(turn, model.RTX_5090) / turn.measured - 1 == pytest.approx(excess, abs=0.005)
 
 
 @pytest.mark.parametrize("phases", [(1000.0, 500.0), (600.0, 600.0), (0.0, 100.0)])
