@@ -55,7 +55,7 @@ __device__ __forceinline__ void block_maxima(const float (&s)[kKeyGroups][4], fl
 
 // P as an A operand with its scales; adds the lane's share of each row's sum to l. In units of 1/2688 of the
 // row's largest probability so far, 2^(s·multiplier − m) is at most 2688. A block's scale is its largest number
-// over 6, rounded; dividing by it is free, because its logarithm goes into the exponent of every number,
+// over 6, rounded; dividing by it costs one logarithm a block, which goes into the exponent of every number,
 // and the sum takes it back.
 __device__ __forceinline__ void probabilities(const float (&s)[kKeyGroups][4], const float (&top)[2][2],
                                               float multiplier, const float (&m)[2],
