@@ -26,11 +26,12 @@ def test_the_examples_run_in_order():
     assert names["layer"](x).shape == x.shape
 
 
-def test_the_support_tables_are_current():
-    spec = importlib.util.spec_from_file_location("support_table", ROOT / "tools/support_table.py")
+@pytest.mark.parametrize("name", ["support_table", "speed_table"])
+def test_the_tables_are_current(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert tool.spliced(README) == README, "run python tools/support_table.py"
+    assert tool.spliced(README) == README, f"run python tools/{name}.py"
     assert "| `train8` |" in README
 
 
