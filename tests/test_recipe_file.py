@@ -10,6 +10,7 @@ from flax import nnx
 
 import sage_jax
 from sage_jax.flax import attention_fn
+from sage_jax.flax._batch import attend_folded
 
 SAGE3 = sage_jax.recipes["sage3"]
 
@@ -182,12 +183,8 @@ def test_exact_layers_honour_segments_lengths_and_traced_scales():
         short[1, 0], layer(x[1:, :7], is_causal=False)[0, 0], rtol=0, atol=1e-5
     )
     q = x.reshape(2, 24, 2, 16)
-    scaled = jax.jit(lambda c: attention_fn_of(c)(q, q, q))(0.5)
+    scaled = jax.jit(lambda c: attend_folded(q, q, q, recipe="exact", scale=c))(0.5)
     np.testing.assert_allclose(scaled, attention_fn(recipe="exact", scale=0.5)(q, q, q), atol=1e-6)
-
-
-def attention_fn_of(scale):
-    return attention_fn.__wrapped__(recipe="exact", scale=scale)  # a traced scale has no hash
 
 
 def test_exact_refuses_to_run_elsewhere_than_asked_for():
