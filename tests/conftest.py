@@ -28,3 +28,10 @@ def pytest_collection_modifyitems(items):
     except RuntimeError:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="JAX sees no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_let_go():
+    """Each keeps pieces of memory mapped, and a process may have 65530: XLA crashes where it gets no more."""
+    yield
+    jax.clear_caches()
