@@ -199,11 +199,7 @@ def test_recipes_with_changes():
     ],
 )
 def test_wrong_options_give_one_line(options, sentence, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        benchmark.parse(["--preset", "cpu", *options.split()])
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert sentence in printed and printed.count("\n") == 1
+    assert_refused(benchmark.parse, f"--preset cpu {options}", sentence, capsys)
 
 
 @pytest.mark.parametrize(
@@ -218,11 +214,7 @@ def test_wrong_options_give_one_line(options, sentence, capsys):
     ],
 )
 def test_wrong_options_of_the_cpu_benchmark_give_one_line(options, sentence, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cpu_benchmark.parse(options.split())
-    printed = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert sentence in printed and printed.count("\n") == 1
+    assert_refused(cpu_benchmark.parse, options, sentence, capsys)
 
 
 def test_help_explains_every_option(capsys):
@@ -277,3 +269,12 @@ def test_tree_hash_is_gits(tmp_path, monkeypatch):
 )
 def test_one_file_a_gpu_model(name, file):
     assert measuring.results_path(name) == ROOT / "benchmarks" / "results" / file
+
+
+def assert_refused(parse, options, sentence, capsys):
+    """Parsing ends the program with one line that contains the sentence."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(options.split())
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert sentence in printed and printed.count("\n") == 1
