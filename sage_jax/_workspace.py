@@ -27,15 +27,23 @@ def _total(rows) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
+def strands(B: int, S: int, K: int, Hp: int) -> int:
+    """Blocks that share the tiles of a key head, a power of two. The rule is that of `cuda/quantize/strands.cuh`."""
+    count = 1
+    while count < 32 and 2 * count <= _tiles(S) and B * K * 2 * count * Hp <= 256 * 128:
+        count *= 2
+    return count
+
+
 def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
-    """Rows of the workspace of `sage_jax_quantize_kv`: partial reductions over tiles of 64 keys."""
+    """Rows of the workspace of `sage_jax_quantize_kv`: partial reductions over strands of tiles."""
+    G = strands(B, S, K, Hp)
     return (
-        ("key_sums", "f32", (B, K, _tiles(S), Hp)),  # token sums of K per tile
-        ("value_sums", "f32", (B, K, _tiles(S), Hp)),  # the same of V
-        ("value_max", "f32", (B, K, _tiles(S), Hp)),  # channel maxima of V per tile
-        ("value_min", "f32", (B, K, _tiles(S), Hp)),
-        ("channel_max", "f32", (B, K, Hp)),  # maxima of |V − its mean| over the sequence
-        ("used", "s32", (B, K, _tiles(S))),  # tokens counted per tile
+        ("key_sums", "f32", (B, K, G, Hp)),  # token sums of K per strand
+        ("value_sums", "f32", (B, K, G, Hp)),  # the same of V
+        ("value_max", "f32", (B, K, G, Hp)),  # channel maxima of V per strand
+        ("value_min", "f32", (B, K, G, Hp)),
+        ("used", "s32", (B, K, G)),  # tokens counted per strand
     )
 
 

@@ -1,176 +1,27 @@
 // Keys and values to 8 bits (docs/abi.md, section 1), bit for bit as the specification.
 //
-// Three launches, one per dependency: statistics of each tile of 64 tokens, their reduction over
-// the sequence (means of K and V, largest |V - mean| per channel), and the codes. Where nothing runs
-// over the sequence (no smoothing, V in bf16 or INT8), the last launch is the only one.
+// Two launches: statistics over the sequence (means of K and V, largest |V - mean| per channel; strands.cuh), and the
+// codes. Where nothing runs over the sequence (no smoothing, V in bf16 or INT8), the second is the only one. The blocks
+// of both stay, and read the next tile while they work on one.
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).
 #include "common/launch.h"
 #include "numerics/e4m3.h"
-#include "quantize/key_tiles.cuh"
+#include "quantize/strands.cuh"
 
 namespace sage {
 namespace {
 
-constexpr int kReduceRows = 32;  // partial results that a reducing block combines at once
 constexpr float kBadZeroScale = -0x1p-126f;
 constexpr uint32_t kBadCodeByte = 0x80;  // -128, in the first byte of a bad key's codes
-
-// What the launches hand on to each other.
-struct Statistics {
-  float* key_sums;     // [B, K, S64, Hp]
-  float* value_sums;   // [B, K, S64, Hp]
-  float* value_max;    // [B, K, S64, Hp]; -inf where no token counts
-  float* value_min;    // [B, K, S64, Hp]; inf where no token counts
-  float* channel_max;  // [B, K, Hp]: of |V|, for e4m3 of |V - mean|
-  int* used;           // [B, K, S64] tokens counted
-
-  __host__ __device__ Statistics(const AttentionShape& s, void* workspace) {
-    const int64_t tiles =
-        static_cast<int64_t>(s.batch) * s.kv_heads * ((s.keys + kTileKeys - 1) / kTileKeys);
-    key_sums = static_cast<float*>(workspace);
-    value_sums = key_sums + tiles * s.padded_dim;
-    value_max = value_sums + tiles * s.padded_dim;
-    value_min = value_max + tiles * s.padded_dim;
-    channel_max = value_min + tiles * s.padded_dim;
-    used = reinterpret_cast<int*>(channel_max +
-                                  static_cast<int64_t>(s.batch) * s.kv_heads * s.padded_dim);
-  }
-};
 
 __host__ __device__ inline bool has_channel_scales(PvFormat pv) {
   return pv == PvFormat::kE4m3 || pv == PvFormat::kF16;
 }
 
-// ---------------------------------------------------------------------- statistics of a tile of
-// tokens
-
-template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim) tile_statistics(const QuantizeKvParams p) {
-  using Rows = RowBlock<kHeadDim>;
-  __shared__ float rows[2][16][kHeadDim];  // sums of K and of V; then maxima of V and of -V
-  __shared__ int used_tokens[16];
-  const TileIndex at(p, false);
-  const int row = Rows::row(), channel = Rows::channel();
-  const int first = at.tile * kTileKeys + row;
-  const TokenPairs<Piece> x(Rows(), p, at, [&](int i) { return first + 16 * i; });
-
-  // Tokens row, row + 16, row + 32, row + 48: the first two halvings of the tile happen here.
-  float y[kPerThread][kChannels];
-#pragma unroll
-  for (int tensor = 0; tensor < 2; ++tensor) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) x.unpack(tensor == 0 ? x.k[i] : x.v[i], i, y[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      rows[tensor][row][channel + c] = (y[0][c] + y[2][c]) + (y[1][c] + y[3][c]);
-    }
-  }
-  if (channel == 0) used_tokens[row] = x.used[0] + x.used[1] + x.used[2] + x.used[3];
-  __syncthreads();
-
-  const Statistics out(p.shape, p.workspace);
-  const int64_t tile = at.plane * at.tiles + at.tile;
-  const int c = static_cast<int>(threadIdx.x) % kHeadDim;  // two threads a channel
-  const int tensor = static_cast<int>(threadIdx.x) / kHeadDim;
-  float z[16];
-#pragma unroll
-  for (int i = 0; i < 16; ++i) z[i] = rows[tensor][i][c];
-#pragma unroll
-  for (int half = 8; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) z[i] += z[i + half];
-  }
-  (tensor == 0 ? out.key_sums : out.value_sums)[tile * kHeadDim + c] = z[0];
-  __syncthreads();
-
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    float largest = -INFINITY, smallest = INFINITY;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      largest = x.used[i] ? fmaxf(largest, y[i][k]) : largest;
-      smallest = x.used[i] ? fminf(smallest, y[i][k]) : smallest;
-    }
-    rows[0][row][channel + k] = largest;
-    rows[1][row][channel + k] = -smallest;
-  }
-  __syncthreads();
-  float largest = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, rows[tensor][i][c]);
-  (tensor == 0 ? out.value_max : out.value_min)[tile * kHeadDim + c] =
-      tensor == 0 ? largest : -largest;
-  if (threadIdx.x == 0) {
-    int total = 0;
-    for (int i = 0; i < 16; ++i) total += used_tokens[i];
-    out.used[tile] = total;
-  }
-}
-
-// ------------------------------------------------------------------------ reduction over the
-// sequence
-
-// A block reduces 32 channels of one (batch, key head) over all tiles. Sums fold the upper half of
-// the tiles onto the lower half, in place, until one is left.
-__global__ void __launch_bounds__(kReduceRows * 32, 1) reduce_statistics(const QuantizeKvParams p) {
-  __shared__ float maxima[kReduceRows][32], minima[kReduceRows][32];
-  __shared__ int counts[kReduceRows];
-  const Statistics in(p.shape, p.workspace);
-  const int width = p.shape.padded_dim, tiles = (p.shape.keys + kTileKeys - 1) / kTileKeys;
-  const int64_t plane = blockIdx.x / (width / 32);
-  const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32;
-  const int channel = static_cast<int>(blockIdx.x) % (width / 32) * 32 + lane;
-  const int64_t first = plane * tiles * width + channel;
-  float *key_sums = in.key_sums + first, *value_sums = in.value_sums + first;
-  const float *tile_max = in.value_max + first, *tile_min = in.value_min + first;
-
-  float largest = -INFINITY, smallest = INFINITY;
-  for (int i = row; i < tiles; i += kReduceRows) {
-    largest = fmaxf(largest, tile_max[static_cast<int64_t>(i) * width]);
-    smallest = fminf(smallest, tile_min[static_cast<int64_t>(i) * width]);
-  }
-  maxima[row][lane] = largest;
-  minima[row][lane] = smallest;
-  int used = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kReduceRows * 32) {
-    used += in.used[plane * tiles + i];
-  }
-  for (int step = 16; step > 0; step /= 2) used += __shfl_xor_sync(kFullWarp, used, step);
-  if (lane == 0) counts[row] = used;
-
-  int half = 1;
-  while (2 * half < tiles) half *= 2;
-  if (tiles == 1) half = 0;
-  for (int length = tiles; half > 0; length = half, half /= 2) {
-    for (int i = row; i < half; i += kReduceRows) {
-      const bool paired = i + half < length;
-      const int64_t lower = static_cast<int64_t>(i) * width;
-      const int64_t upper = static_cast<int64_t>(i + half) * width;
-      key_sums[lower] += paired ? key_sums[upper] : 0.0f;
-      value_sums[lower] += paired ? value_sums[upper] : 0.0f;
-    }
-    __syncthreads();
-  }
-  __syncthreads();
-  if (row != 0) return;
-
-  int total = 0;
-  for (int i = 0; i < kReduceRows; ++i) {
-    largest = fmaxf(largest, maxima[i][lane]);
-    smallest = fminf(smallest, minima[i][lane]);
-    total += counts[i];
-  }
-  const int64_t at = plane * width + channel;
-  const float reciprocal = 1.0f / static_cast<float>(max(total, 1));
-  const auto mean = [&](float sum) { return bf16_value(bf16_bits(sum * reciprocal)); };
-  const float value_mean = p.smooth_v ? mean(value_sums[0]) : 0.0f;
-  p.k_mean[at] = p.smooth_k ? mean(key_sums[0]) : 0.0f;
-  p.v_mean[at] = value_mean;
-  // Rounding keeps order: this is the largest of the rounded |v - mean|.
-  const float removed = p.pv == PvFormat::kE4m3 ? value_mean : 0.0f;
-  in.channel_max[at] = fmaxf(0.0f, fmaxf(largest - removed, removed - smallest));
+__host__ __device__ inline bool runs_over_sequence(const QuantizeKvParams& p) {
+  return p.smooth_k || p.smooth_v || has_channel_scales(p.pv);
 }
 
 // ----------------------------------------------------------------------------------------------
@@ -199,21 +50,22 @@ __device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kC
   return group_scale(block_max<Rows::kThreads>(largest, scratch), 127.0f);
 }
 
-template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvParams p) {
-  using Rows = RowBlock<kHeadDim>;
-  __shared__ TransposedTile<kHeadDim> transposed;
-  __shared__ float scratch[3][Rows::kThreads / kWarpSize];
-  const TileIndex at(p, true);
-  const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
-  const int64_t tile = at.plane * at.tiles + at.tile;
-  const int64_t channels = at.plane * kHeadDim + channel;  // where this thread's channels lie
+// What all tiles of a block share, a float a channel.
+template <int kHeadDim>
+struct ChannelConstants {
+  alignas(16) float key_mean[kHeadDim], value_mean[kHeadDim], inverse[kHeadDim];  // inverse: of the scale of V
+};
 
-  // Row r of 16 holds the tokens that `pi` stores as word r of a channel: 2q, 2q+1, 8+2q, 9+2q of
-  // the group of 16 tokens r / 4, with q = r % 4.
-  const int first = at.tile * kTileKeys + row / 4 * 16 + row % 4 * 2;
-  const auto token = [&](int i) { return first + i % 2 + i / 2 * 8; };
-  const TokenPairs<Piece> x(Rows(), p, at, token);
+// A tile of 64 tokens. Thread (row, channel) holds the tokens that `pi` stores as word `row` of a channel.
+template <int kHeadDim, class Piece, class Token>
+__device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index,
+                                           const TokenPairs<Piece>& x, Token token,
+                                           const ChannelConstants<kHeadDim>& constants,
+                                           TransposedTile<kHeadDim>& transposed,
+                                           float (&scratch)[3][2 * kHeadDim / kWarpSize]) {
+  using Rows = RowBlock<kHeadDim>;
+  const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
+  const int64_t tile = at.plane * at.tiles + tile_index;
   const bool bad_tile = __syncthreads_or(x.bad != 0);
   // Calls write(i, element) for the thread's tokens, `element` counting in [B, K, S, Hp].
   const auto write_tokens = [&](auto write) {
@@ -226,8 +78,8 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
 
   // -------------------------------------------------------------------------------------------
   // keys
-  float mean[kChannels] = {};
-  if (p.smooth_k) load_floats(mean, p.k_mean + channels);
+  float mean[kChannels];
+  load_floats(mean, constants.key_mean + channel);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     x.k[i].unpack(y[i]);
@@ -249,29 +101,9 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   // values
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
-  if (at.tile == 0 && row == 0) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      if (!p.smooth_k) p.k_mean[channels + c] = 0.0f;
-      if (!p.smooth_v) p.v_mean[channels + c] = 0.0f;
-    }
-  }
   float inverse[kChannels];
-  // The thread's channel scales, which the first tile's threads write down.
-  const auto scale_channels = [&] {
-    float largest[kChannels] = {};
-    if (has_channel_scales(p.pv)) {
-      load_floats(largest, Statistics(p.shape, p.workspace).channel_max + channels);
-    }
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      const GroupScale scale = channel_scale(p, largest[c]);
-      inverse[c] = scale.inverse;
-      if (at.tile == 0 && row == 0) p.v_scale[channels + c] = scale.scale;
-    }
-  };
+  load_floats(inverse, constants.inverse + channel);
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
-    scale_channels();
     write_tokens([&](int i, int64_t element) {
       float scaled[kChannels];
 #pragma unroll
@@ -296,7 +128,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   // -----------------------------------------------------------------------------------------
   // values without their mean
   if (p.smooth_v) {
-    load_floats(mean, p.v_mean + channels);
+    load_floats(mean, constants.value_mean + channel);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
 #pragma unroll
@@ -316,7 +148,6 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
     });
   }
   if (p.pv == PvFormat::kE4m3) {
-    scale_channels();
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       transposed.word(channel + c, row) =
@@ -328,8 +159,54 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
   __syncthreads();
   const int64_t padded_keys = static_cast<int64_t>(at.tiles) * kTileKeys;
   transposed.store(
-      static_cast<uint8_t*>(p.v_pv) + at.plane * kHeadDim * padded_keys + at.tile * kTileKeys,
+      static_cast<uint8_t*>(p.v_pv) + at.plane * kHeadDim * padded_keys + tile_index * kTileKeys,
       padded_keys);
+}
+
+// A block writes the tiles of a strand, the last that strand_statistics has read first: they may still lie in the L2
+// cache.
+template <int kHeadDim, class Piece>
+__global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(const QuantizeKvParams p) {
+  using Rows = RowBlock<kHeadDim>;
+  __shared__ TransposedTile<kHeadDim> transposed;
+  __shared__ ChannelConstants<kHeadDim> constants;
+  __shared__ float scratch[3][Rows::kThreads / kWarpSize];
+  const int count = strands(p.shape);
+  const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
+  const StrandWalk walk(at, count);
+  // Words of a channel are 2q, 2q+1, 8+2q, 9+2q of the group of 16 tokens r / 4, with q = r % 4.
+  const int within = Rows::row() / 4 * 16 + Rows::row() % 4 * 2;
+  const auto tokens = [&](int tile) {
+    return [first = tile * kTileKeys + within](int i) { return first + i % 2 + i / 2 * 8; };
+  };
+  TokenPairs<Piece> next;
+  const auto load = [&](int visit) {
+    const int tile = walk.tile(visit);
+    if (tile < at.tiles) next.load(Rows(), p, at, tokens(tile));
+  };
+  load(walk.count() - 1);
+
+  const int c = static_cast<int>(threadIdx.x) % kHeadDim;
+  const bool of_values = threadIdx.x >= kHeadDim;
+  ChannelStatistics over;
+  if (runs_over_sequence(p)) over = ChannelStatistics(p, at.plane, c, of_values);
+  (of_values ? constants.value_mean : constants.key_mean)[c] = over.mean;
+  if (at.share == 0) (of_values ? p.v_mean : p.k_mean)[at.plane * kHeadDim + c] = over.mean;
+  if (of_values) {
+    const GroupScale scale = channel_scale(p, over.largest);
+    constants.inverse[c] = scale.inverse;
+    if (at.share == 0 && p.pv != PvFormat::kInt8) p.v_scale[at.plane * kHeadDim + c] = scale.scale;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int visit = walk.count() - 1; visit >= 0; --visit) {
+    const int tile = walk.tile(visit);
+    TokenPairs<Piece> x = next;
+    if (visit > 0) load(visit - 1);
+    if (tile >= at.tiles) continue;
+    x.check(Rows(), at, tokens(tile));
+    write_tile<kHeadDim>(p, at, tile, x, tokens(tile), constants, transposed, scratch);
+  }
 }
 
 // --------------------------------------------------------------------------------------------
@@ -337,16 +214,13 @@ __global__ void __launch_bounds__(2 * kHeadDim) write_codes(const QuantizeKvPara
 
 template <int kHeadDim, class Piece>
 const char* start(const QuantizeKvParams& p, Stream stream) {
-  const int64_t planes = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads;
-  const int64_t tiles = planes * ((p.shape.keys + kTileKeys - 1) / kTileKeys);
-  if (tiles > INT32_MAX) return "batch · key heads · key length is too large; split the batch";
-  const dim3 grid(static_cast<unsigned>(tiles)), block(2 * kHeadDim);
-  const char* error = nullptr;
-  if (p.smooth_k || p.smooth_v || has_channel_scales(p.pv)) {
-    error = launch(tile_statistics<kHeadDim, Piece>, grid, block, 0, stream, p);
-    if (error != nullptr) return error;
-    const dim3 reduce_grid(static_cast<unsigned>(tiles > 0 ? planes * (kHeadDim / 32) : 0));
-    error = launch(reduce_statistics, reduce_grid, dim3(kReduceRows * 32), 0, stream, p);
+  const int64_t blocks = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads * strands(p.shape);
+  if (blocks > INT32_MAX) return "batch · key heads is too large; split the batch";
+  const dim3 grid(static_cast<unsigned>(p.shape.keys > 0 ? blocks : 0)), block(2 * kHeadDim);
+  if (tiles_of_keys(p.shape) > strands(p.shape) << kLevels) return "the key length is too large";
+  if (runs_over_sequence(p)) {
+    const char* error = launch(strand_statistics<kHeadDim, Piece>, grid, block,
+                               sizeof(StrandShared<kHeadDim>), stream, p);
     if (error != nullptr) return error;
   }
   return launch(write_codes<kHeadDim, Piece>, grid, block, 0, stream, p);
@@ -354,12 +228,7 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
 
 }  // namespace
 
-size_t quantize_kv_workspace_bytes(const AttentionShape& shape) {
-  const size_t planes = static_cast<size_t>(shape.batch) * shape.kv_heads;
-  const size_t tiles = planes * ((shape.keys + kTileKeys - 1) / kTileKeys);
-  return sizeof(float) * (4 * tiles * shape.padded_dim + planes * shape.padded_dim) +
-         sizeof(int) * tiles;
-}
+size_t quantize_kv_workspace_bytes(const AttentionShape& shape) { return Statistics::bytes(shape); }
 
 const char* quantize_kv(const QuantizeKvParams& params, Stream stream) {
   return with_pieces(params.k_dtype, params.v_dtype, params.shape.head_dim, [&](auto piece) {

@@ -1,7 +1,9 @@
 // Queries to INT8, with what K smoothing takes from the LSE (docs/abi.md, section 2): one launch.
 //
-// Requirements: q_block 1, 64 or 128. One block a (batch, head, group of tokens): 64 tokens with a
-// scale each, or q_block tokens that share one.
+// Requirements: q_block 1, 64 or 128. A block works on one (batch, head, group of tokens) after the other, and reads the
+// next while it does: 64 tokens with a scale each, or q_block tokens that share one.
+#include <algorithm>
+
 #include "common/launch.h"
 #include "quantize/rows.cuh"
 
@@ -16,36 +18,52 @@ struct QueryConfig {
   static constexpr int kTokens = kTokens_;
   static constexpr bool kPerToken = kPerToken_;
   static constexpr int kPerThread = kTokens / Rows::kTokensAtOnce;
+  static constexpr int kBlocks = (kPerThread > 4 ? 256 : 384) / kHeadDim;  // of a multiprocessor
+  static_assert(kBlocks > 0, "a grid has blocks");
+};
+
+// A group of tokens. Heads come first: blocks at work at the same time read whole rows of memory.
+template <class Config>
+struct TokenGroup {
+  int head, first, b, valid;
+
+  __device__ TokenGroup(const QuantizeQParams& p, int item) {
+    const int groups = (p.shape.queries + Config::kTokens - 1) / Config::kTokens;
+    head = item % p.shape.heads;
+    first = item / p.shape.heads % groups * Config::kTokens;
+    b = item / p.shape.heads / groups;
+    valid = min(p.bounds[3 * static_cast<int64_t>(b)], p.shape.queries);
+  }
+  __device__ int token(int i) const { return first + Config::Rows::row() + i * Config::Rows::kTokensAtOnce; }
+  __device__ void load(const QuantizeQParams& p, typename Config::Piece (&pieces)[Config::kPerThread]) const {
+    const AttentionShape& shape = p.shape;
+#pragma unroll
+    for (int i = 0; i < Config::kPerThread; ++i) {
+      const int64_t row =
+          ((static_cast<int64_t>(b) * shape.queries + token(i)) * shape.heads + head) * shape.head_dim;
+      pieces[i] = typename Config::Piece();
+      if (token(i) < valid) pieces[i].load(p.q, p.q_dtype, row, Config::Rows::channel(), shape.head_dim);
+    }
+  }
 };
 
 template <class Config>
-__global__ void __launch_bounds__(Config::Rows::kThreads, 1)
-    quantize_queries(const QuantizeQParams p) {
+__device__ __forceinline__ void quantize_group(const QuantizeQParams& p, const TokenGroup<Config>& at,
+                                               const typename Config::Piece (&pieces)[Config::kPerThread],
+                                               float* scratch) {
   using Rows = typename Config::Rows;
   constexpr int kPerThread = Config::kPerThread;
-  __shared__ float scratch[Rows::kThreads / kWarpSize];
   const AttentionShape& shape = p.shape;
-  const int groups = (shape.queries + Config::kTokens - 1) / Config::kTokens;
-  const int block = static_cast<int>(blockIdx.x);
-  // Heads first: blocks at work at the same time read whole rows of memory.
-  const int head = block % shape.heads, first = block / shape.heads % groups * Config::kTokens;
-  const int b = block / shape.heads / groups;
-  const int valid = min(p.bounds[3 * static_cast<int64_t>(b)], shape.queries);
   const int channel = Rows::channel();
-  const int64_t plane = static_cast<int64_t>(b) * shape.heads + head;
+  const int64_t plane = static_cast<int64_t>(at.b) * shape.heads + at.head;
+  float mean[kChannels];
+  const int kv_head = at.head / (shape.heads / shape.kv_heads);
+  load_floats(mean, p.k_mean + (static_cast<int64_t>(at.b) * shape.kv_heads + kv_head) *
+                                   Config::kHeadDim + channel);
 
-  // ------------------------------------------------------------------------ read, look for NaN and
-  // Inf
-  typename Config::Piece pieces[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int token = first + Rows::row() + i * Rows::kTokensAtOnce;
-    const int64_t row =
-        ((static_cast<int64_t>(b) * shape.queries + token) * shape.heads + head) * shape.head_dim;
-    if (token < valid) pieces[i].load(p.q, p.q_dtype, row, channel, shape.head_dim);
-  }
+  // ------------------------------------------------------------------------ look for NaN and Inf
   float x[kPerThread][kChannels];
-  float largest[kPerThread];
+  float largest[kPerThread], shift[kPerThread];  // shift: q·mean of the keys
   bool finite[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -54,6 +72,9 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, 1)
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) x[i][c] = finite[i] ? x[i][c] : 0.0f;
     largest[i] = largest_magnitude(x[i]);
+    shift[i] = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) shift[i] = fmaf(x[i][c], mean[c], shift[i]);
   }
 
   // --------------------------------------------------------------------------------------------
@@ -67,39 +88,50 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, 1)
     for (int i = 1; i < kPerThread; ++i) largest[i] = largest[0];
   }
 
-  // ------------------------------------------------------------------- codes, scales, q·mean of
-  // the keys
-  float mean[kChannels];
-  const int kv_head = head / (shape.heads / shape.kv_heads);
-  load_floats(mean, p.k_mean + (static_cast<int64_t>(b) * shape.kv_heads + kv_head) *
-                                   Config::kHeadDim + channel);
+  // --------------------------------------------------------------------------------------------
+  // codes
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int token = first + Rows::row() + i * Rows::kTokensAtOnce;
+    const int token = at.token(i);
     const GroupScale group = group_scale(largest[i], 127.0f);
-    float shift = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) shift = fmaf(x[i][c], mean[c], shift);
-#pragma unroll
-    for (int step = Rows::kThreadsPerToken / 2; step > 0; step /= 2) {
-      shift += __shfl_xor_sync(kFullWarp, shift, step);
-    }
+    const float whole = lanes_sum<Rows::kThreadsPerToken>(shift[i]);
     if (token >= shape.queries) continue;  // after the last operation of the whole warp
-    const int64_t at = plane * shape.queries + token;
-    *reinterpret_cast<uint2*>(p.q8 + at * Config::kHeadDim + channel) =
+    const int64_t row = plane * shape.queries + token;
+    *reinterpret_cast<uint2*>(p.q8 + row * Config::kHeadDim + channel) =
         int8_codes(x[i], group.inverse);
     if (channel == 0) {
-      p.q_scale[at] = !finite[i] ? NAN : token < valid ? group.scale : 0.0f;
-      p.lse_shift[at] = finite[i] ? shift * p.scale : NAN;
+      p.q_scale[row] = !finite[i] ? NAN : token < at.valid ? group.scale : 0.0f;
+      p.lse_shift[row] = finite[i] ? whole * p.scale : NAN;
     }
   }
 }
 
 template <class Config>
+__global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks)
+    quantize_queries(const QuantizeQParams p) {
+  __shared__ float scratch[2][Config::Rows::kThreads / kWarpSize];  // in turns: a fast warp is one group ahead
+  const int groups = (p.shape.queries + Config::kTokens - 1) / Config::kTokens;
+  const int items = p.shape.batch * p.shape.heads * groups;
+  int item = static_cast<int>(blockIdx.x), turn = 0;
+  typename Config::Piece next[Config::kPerThread];
+  TokenGroup<Config>(p, item).load(p, next);
+#pragma unroll 1
+  for (; item < items; item += static_cast<int>(gridDim.x), turn ^= 1) {
+    typename Config::Piece pieces[Config::kPerThread];
+#pragma unroll
+    for (int i = 0; i < Config::kPerThread; ++i) pieces[i] = next[i];
+    const int after = item + static_cast<int>(gridDim.x);
+    if (after < items) TokenGroup<Config>(p, after).load(p, next);
+    quantize_group<Config>(p, TokenGroup<Config>(p, item), pieces, scratch[turn]);
+  }
+}
+
+template <class Config>
 const char* start(const QuantizeQParams& p, Stream stream) {
-  const int64_t blocks = static_cast<int64_t>(p.shape.batch) * p.shape.heads *
-                         ((p.shape.queries + Config::kTokens - 1) / Config::kTokens);
-  if (blocks > INT32_MAX) return "batch · heads · query length is too large; split the batch";
+  const int64_t items = static_cast<int64_t>(p.shape.batch) * p.shape.heads *
+                        ((p.shape.queries + Config::kTokens - 1) / Config::kTokens);
+  if (items > INT32_MAX / 2) return "batch · heads · query length is too large; split the batch";
+  const int64_t blocks = std::min<int64_t>(items, Config::kBlocks * multiprocessors());
   return launch(quantize_queries<Config>, dim3(static_cast<unsigned>(blocks)),
                 Config::Rows::kThreads, 0, stream, p);
 }

@@ -1,0 +1,221 @@
+// Means and maxima of K and V over the sequence, the first launch of quantize_kv.cu.
+//
+// The tiles of a (batch, key head) are shared out in strands: strand j of G takes tiles j, j + G, j + 2G, ... The sum
+// over tiles, which docs/abi.md defines as halving (the upper half is added to the lower, again and again), adds tiles
+// that are G apart before it adds strands: a strand is a subtree. A block walks over one strand, in the order in which
+// a depth-first walk meets the subtree's leaves, and keeps one partial sum a level; the second launch adds the strands.
+#pragma once
+
+#include "ptx/shared.cuh"
+#include "quantize/key_tiles.cuh"
+
+namespace sage {
+
+inline constexpr int kMostStrands = 32;
+inline constexpr int kStrandChannels = 256 * 128;  // of all strands: two blocks on each of 128 multiprocessors
+inline constexpr int kLevels = 16;                 // of a strand's subtree: at least 2^22 tokens
+
+__host__ __device__ inline int tiles_of_keys(const AttentionShape& s) {
+  return (s.keys + kTileKeys - 1) / kTileKeys;
+}
+
+// G, a power of two and at most the number of tiles.
+__host__ __device__ inline int strands(const AttentionShape& s) {
+  const int64_t planes = static_cast<int64_t>(s.batch) * s.kv_heads;
+  int count = 1;
+  while (count < kMostStrands && 2 * count <= tiles_of_keys(s) &&
+         planes * 2 * count * s.padded_dim <= kStrandChannels) {
+    count *= 2;
+  }
+  return count;
+}
+
+// What the first launch hands on: a row a strand.
+struct Statistics {
+  float* key_sums;    // [B, K, G, Hp]
+  float* value_sums;  // [B, K, G, Hp]
+  float* value_max;   // [B, K, G, Hp]; -inf where no token counts
+  float* value_min;   // [B, K, G, Hp]; inf where no token counts
+  int* used;          // [B, K, G] tokens counted
+
+  __host__ __device__ Statistics(const AttentionShape& s, void* workspace) {
+    const int64_t rows = static_cast<int64_t>(s.batch) * s.kv_heads * strands(s);
+    key_sums = static_cast<float*>(workspace);
+    value_sums = key_sums + rows * s.padded_dim;
+    value_max = value_sums + rows * s.padded_dim;
+    value_min = value_max + rows * s.padded_dim;
+    used = reinterpret_cast<int*>(value_min + rows * s.padded_dim);
+  }
+  static size_t bytes(const AttentionShape& s) {
+    const size_t rows = static_cast<size_t>(s.batch) * s.kv_heads * strands(s);
+    return rows * (4 * sizeof(float) * s.padded_dim + sizeof(int));
+  }
+};
+
+// The tiles of a strand in the order of the walk. Past the last tile there may be some that do not exist.
+struct StrandWalk {
+  int strand, strands, tiles, levels;
+
+  __device__ StrandWalk(const PlaneIndex& at, int strand_count)
+      : strand(at.share), strands(strand_count), tiles(at.tiles), levels(0) {
+    while (strand_count << levels < tiles) ++levels;
+  }
+  __device__ int count() const { return 1 << levels; }
+  __device__ int tile(int visit) const {
+    return strand + strands * static_cast<int>(__brev(static_cast<unsigned>(visit)) >> 1 >> (31 - levels));
+  }
+};
+
+template <int kHeadDim>
+struct StrandShared {
+  static constexpr int kWarps = 2 * kHeadDim / kWarpSize;
+  float rows[2][kWarps][kHeadDim];         // of K and V; at the end largest V and largest -V
+  float partial[kLevels][2 * kHeadDim];    // sums of the walk
+  int used[kWarps];
+};
+
+template <int kHeadDim, class Piece>
+__global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistics(const QuantizeKvParams p) {
+  using Rows = RowBlock<kHeadDim>;
+  constexpr int kWarps = StrandShared<kHeadDim>::kWarps;
+  auto& shared = *reinterpret_cast<StrandShared<kHeadDim>*>(ptx::dynamic_shared());
+  auto& rows = shared.rows;
+  const int count = strands(p.shape);
+  const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
+  const StrandWalk walk(at, count);
+  // A warp holds rows of 16 that halving adds first: 8 apart, then 4.
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int row = lane / Rows::kThreadsPerToken * kWarps + warp, channel = Rows::channel();
+  const int c = static_cast<int>(threadIdx.x) % kHeadDim;  // two threads a channel
+  const int tensor = static_cast<int>(threadIdx.x) / kHeadDim;
+  // Hands the rows of a warp, already combined, to the threads of their channels.
+  const auto spread = [&](int to, float (&x)[kChannels], auto combine) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+#pragma unroll
+      for (int step = kWarpSize / 2; step >= Rows::kThreadsPerToken; step /= 2) {
+        x[i] = combine(x[i], __shfl_xor_sync(kFullWarp, x[i], step));
+      }
+    }
+    if (lane < Rows::kThreadsPerToken) {
+      auto* const out = reinterpret_cast<float4*>(&rows[to][warp][channel]);
+      out[0] = make_float4(x[0], x[1], x[2], x[3]);
+      out[1] = make_float4(x[4], x[5], x[6], x[7]);
+    }
+  };
+  const auto add = [](float a, float b) { return a + b; };
+  const auto larger = [](float a, float b) { return fmaxf(a, b); };
+
+  float largest[kChannels], negated[kChannels], sum = 0.0f;
+  int used = 0;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) largest[i] = negated[i] = -INFINITY;
+  TokenPairs<Piece> next;
+  const auto load = [&](int visit) {
+    const int tile = walk.tile(visit);
+    if (tile < at.tiles) next.load(Rows(), p, at, [&](int i) { return tile * kTileKeys + row + 16 * i; });
+  };
+  load(0);
+#pragma unroll 1
+  for (int visit = 0; visit < walk.count(); ++visit) {
+    const int tile = walk.tile(visit);
+    TokenPairs<Piece> x = next;
+    if (visit + 1 < walk.count()) load(visit + 1);
+    sum = 0.0f;
+    if (tile < at.tiles) {
+      x.check(Rows(), at, [&](int i) { return tile * kTileKeys + row + 16 * i; });
+      // Tokens row, row + 16, row + 32, row + 48: the first two halvings of the tile happen here.
+      float y[kPerThread][kChannels], four[kChannels];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) x.unpack(k == 0 ? x.k[i] : x.v[i], i, y[i]);
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) four[i] = (y[0][i] + y[2][i]) + (y[1][i] + y[3][i]);
+        spread(k, four, add);
+      }
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) {
+        used += x.used[k] ? 1 : 0;
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) {
+          largest[i] = x.used[k] ? fmaxf(largest[i], y[k][i]) : largest[i];
+          negated[i] = x.used[k] ? fmaxf(negated[i], -y[k][i]) : negated[i];
+        }
+      }
+      __syncthreads();
+      float z[kWarps];
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) z[i] = rows[tensor][i][c];
+#pragma unroll
+      for (int half = kWarps / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; ++i) z[i] += z[i + half];
+      }
+      sum = z[0];
+      __syncthreads();
+    }
+    int level = 0;
+    for (; visit >> level & 1; ++level) sum += shared.partial[level][threadIdx.x];
+    shared.partial[level][threadIdx.x] = sum;
+  }
+
+  const Statistics out(p.shape, p.workspace);
+  const int64_t to = at.plane * count + at.share;
+  (tensor == 0 ? out.key_sums : out.value_sums)[to * kHeadDim + c] = sum;
+  spread(0, largest, larger);
+  spread(1, negated, larger);
+  used = channel == 0 ? used : 0;
+#pragma unroll
+  for (int step = kWarpSize / 2; step > 0; step /= 2) used += __shfl_xor_sync(kFullWarp, used, step);
+  if (lane == 0) shared.used[warp] = used;
+  __syncthreads();
+  float most = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) most = fmaxf(most, rows[tensor][i][c]);
+  (tensor == 0 ? out.value_max : out.value_min)[to * kHeadDim + c] = tensor == 0 ? most : -most;
+  if (threadIdx.x == 0) {
+    int total = 0;
+    for (int i = 0; i < kWarps; ++i) total += shared.used[i];
+    out.used[to] = total;
+  }
+}
+
+// A channel of K or V over all strands of a plane.
+struct ChannelStatistics {
+  float mean = 0.0f;
+  float largest = 0.0f;  // of V: |V|, in e4m3 |V - mean|
+
+  ChannelStatistics() = default;
+  __device__ ChannelStatistics(const QuantizeKvParams& p, int64_t plane, int channel, bool of_values) {
+    const Statistics in(p.shape, p.workspace);
+    const int count = strands(p.shape), width = p.shape.padded_dim;
+    const int64_t first = plane * count * width + channel;
+    const float* const from = of_values ? in.value_sums : in.key_sums;
+    float sums[kMostStrands], most = -INFINITY, least = INFINITY;
+    int used = 0;
+#pragma unroll
+    for (int i = 0; i < kMostStrands; ++i) {
+      const int64_t at = first + static_cast<int64_t>(i) * width;
+      sums[i] = i < count ? from[at] : 0.0f;
+      used += i < count ? in.used[plane * count + i] : 0;
+      if (of_values && i < count) {
+        most = fmaxf(most, in.value_max[at]);
+        least = fminf(least, in.value_min[at]);
+      }
+    }
+#pragma unroll
+    for (int half = kMostStrands / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int i = 0; i < half; ++i) sums[i] = i + half < count ? sums[i] + sums[i + half] : sums[i];
+    }
+    if (of_values ? p.smooth_v : p.smooth_k) {
+      mean = bf16_value(bf16_bits(sums[0] * (1.0f / static_cast<float>(max(used, 1)))));
+    }
+    // Rounding keeps order: this is the largest of the rounded |v - mean|.
+    const float removed = p.pv == PvFormat::kE4m3 ? mean : 0.0f;
+    if (of_values) largest = fmaxf(0.0f, fmaxf(most - removed, removed - least));
+  }
+};
+
+}  // namespace sage
