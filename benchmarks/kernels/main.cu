@@ -5,12 +5,16 @@
 //                     [--portable 1] [--backward 1]
 //   bench_kernels decode [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--portable 1]
 //   bench_kernels soak [--problems N] [--seed N] [--first N]
+//   bench_kernels contention
 //
 // `time` prints milliseconds of each operation and the rates of the attention kernels (of train8's
 // backward pass: its pre-pass included). `decode` does so for one to 16 queries of 32 heads, which share
 // eight key heads of the given lengths, with the rate at which codes of K and V are read. `soak` runs
 // random problems, masks and ragged shapes included, through the kernel that the device would get and
-// through the portable one, and fails where results differ by more than rounding.
+// through the portable one, and fails where results differ by more than rounding. `contention` prints the
+// rates of single instructions on sm_90, alone and beside the matrix unit's products, and what those keep of
+// theirs.
+#include "contention.cuh"
 #include "soak.cuh"
 
 using namespace sage;
@@ -73,6 +77,43 @@ int time_decoding(const Options& o) {
   return 0;
 }
 
+template <class Instruction>
+void print_rates(const Contention& full) {
+  using Work = Repeat<Instruction>;
+  const Contention x = measure<Work>();
+  printf("%-10s", Instruction::kName);
+  for (double clocks : x.round) printf(" %9.3f", 2.0 * Work::kPasses * Instruction::kPerPass / clocks);
+  for (int i = 1; i < 3; ++i) printf(" %8.0f%%", 100 * full.product[i] / x.product[i]);
+  printf("\n");
+  fflush(stdout);
+}
+
+template <class... Instructions>
+void print_all_rates(const Contention& full) {
+  (print_rates<Instructions>(full), ...);
+}
+
+int print_contention() {
+  cudaDeviceProp device;
+  check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
+  Contention full;
+  if (device.major == 9 && device.minor == 0) full = measure<Rest>();
+  if (!full.ran) {  // compiled for sm_90, not sm_90a, the kernel is empty
+    fprintf(stderr, "bench_kernels: contention needs an sm_90 device and kernels built for 90a\n");
+    return 2;
+  }
+  printf("a product of 64 x 128 x 32 alone: INT8 %.1f clocks, e4m3 %.1f\n\n", full.product[1], full.product[2]);
+  printf("%-10s %29s %19s\n", "", "rate per clock and scheduler", "products' share");
+  printf("%-10s %9s %9s %9s %9s %9s\n", "", "alone", "with INT8", "with e4m3", "INT8", "e4m3");
+  print_all_rates<Ffma, Fadd, Iadd, Vimnmx3, Fmnmx, Mufu, F2fpE4m3, F2fpF16, Lop3, Hfma2, Imad, I2f>(full);
+  const Contention x = measure<Softmax>();
+  printf("\nsoftmax of two tiles of 64 x 128: %.0f clocks alone, %.0f with INT8 (products' share %.0f%%), %.0f with "
+         "e4m3 (%.0f%%)\n",
+         x.round[0], x.round[1], 100 * full.product[1] / x.product[1], x.round[2],
+         100 * full.product[2] / x.product[2]);
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -103,6 +144,7 @@ int main(int count, char** words) {
   }
   if (command == "decode") return time_decoding(o);
   if (command == "soak") return soak(o);
-  fprintf(stderr, "bench_kernels: say `time`, `decode` or `soak`\n");
+  if (command == "contention") return print_contention();
+  fprintf(stderr, "bench_kernels: say `time`, `decode`, `soak` or `contention`\n");
   return 2;
 }
