@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import math
 import pathlib
 import sys
 import time
@@ -34,7 +33,7 @@ import measuring  # noqa: E402
 import resultfile  # noqa: E402
 
 from sage_jax import accuracy  # noqa: E402
-from sage_jax.recipe import MAX_HEAD_DIM, PRESETS, Recipe, resolve  # noqa: E402
+from sage_jax.recipe import MAX_HEAD_DIM, PRESETS, Recipe  # noqa: E402
 
 PASSES = ("fwd", "bwd", "fwd_bwd", "quantize")
 DATA = ("normal", "outlier", "sink", "sigma3")
@@ -83,7 +82,7 @@ class Line(NamedTuple):
             "kv_heads": self.heads,
             "head_dim": self.head_dim,
             "causal": self.causal,
-            "ms": _digits(1e3 * seconds),
+            "ms": measuring.digits(1e3 * seconds),
             "tflops": self.tflops(seconds),
         }
 
@@ -91,7 +90,18 @@ class Line(NamedTuple):
         """None for quantization, which has no matrix products."""
         forward = 4.0 * self.batch * self.heads * self.seq**2 * self.head_dim
         factor = {"fwd": 1.0, "bwd": 2.5, "fwd_bwd": 3.5}.get(self.kind)
-        return factor and _digits(factor * forward * (0.5 if self.causal else 1) / seconds / 1e12)
+        operations = factor and factor * forward * (0.5 if self.causal else 1)
+        return operations and measuring.digits(operations / seconds / 1e12)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of q, k, v and dout: [B, T, N, H]."""
+        return self.batch, self.seq, self.heads, self.head_dim
+
+    def inputs(self) -> list[jax.Array]:
+        """q, k, v, dout: normal values in bfloat16."""
+        keys = jax.random.split(jax.random.key(self.seq), 4)
+        return [jax.random.normal(key, self.shape).astype(jnp.bfloat16) for key in keys]
 
     def owns(self, row: dict[str, Any]) -> bool:
         return (row["pass"], *(row[field] for field in self._fields[1:])) == tuple(self)
@@ -140,12 +150,16 @@ def contestants(options: argparse.Namespace) -> list[contenders.Contender]:
         try:
             found.append(contenders.PEERS[name]())
         except Exception as reason:  # noqa: BLE001  (whatever a peer raises on import)
-            print(f"left out: {name}: {_sentence(reason)}")
+            print(f"left out: {name}: {measuring.sentence(reason)}")
     return found
 
 
 def speed_runs(line: Line, contender: contenders.Contender, inputs):
-    """A function without arguments that does the pass once, or None where it does not apply."""
+    """A function without arguments that does the pass once, or None where it does not apply.
+
+    It is the `functools.partial` of a jitted function and its arguments. Except for "bwd", `inputs`
+    may be of `jax.ShapeDtypeStruct`; such a function can be compiled, not called.
+    """
     q, k, v, dout = inputs
     call = functools.partial(contender.call, causal=line.causal)
     if line.kind == "quantize":
@@ -169,10 +183,7 @@ def speed_runs(line: Line, contender: contenders.Contender, inputs):
 
 def measure_speed(line: Line, entrants, options) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of one line of the grid, and the sentences on those that could not run."""
-    shape = (line.batch, line.seq, line.heads, line.head_dim)
-    keys = jax.random.split(jax.random.key(line.seq), 4)
-    inputs = [jax.random.normal(key, shape).astype(jnp.bfloat16) for key in keys]
-    runs, failures = {}, []
+    inputs, runs, failures = line.inputs(), {}, []
     for contender in entrants:
         if line.batch * line.heads * line.seq**2 > contender.largest_scores:
             continue
@@ -182,7 +193,7 @@ def measure_speed(line: Line, entrants, options) -> tuple[list[dict[str, Any]], 
                 jax.block_until_ready(run())
                 runs[contender.label] = run
         except Exception as reason:  # noqa: BLE001  (one must not cost the others their line)
-            failures.append(f"{contender.label}: {_sentence(reason)}")
+            failures.append(f"{contender.label}: {measuring.sentence(reason)}")
     seconds = measuring.interleaved_medians(runs, options.repeats, options.seconds)
     return [line.row(c, seconds[c.label]) for c in entrants if c.label in runs], failures
 
@@ -199,7 +210,7 @@ def measure_accuracy(case: Case, entrants, options) -> tuple[list[dict[str, Any]
         try:
             measured = jax.block_until_ready(_all_tensors(contender)(*operands, dout))
         except Exception as reason:  # noqa: BLE001
-            failures.append(f"{contender.label}: {_sentence(reason)}")
+            failures.append(f"{contender.label}: {measuring.sentence(reason)}")
             continue
         for tensor, value in measured.items():
             error = accuracy.error(value, exact[tensor])
@@ -211,8 +222,8 @@ def measure_accuracy(case: Case, entrants, options) -> tuple[list[dict[str, Any]
                     "seq": case.seq,
                     "head_dim": case.head_dim,
                     "tensor": tensor,
-                    "cos": _digits(error.cos, 8),
-                    "rel_l2": _digits(error.rel_l2),
+                    "cos": measuring.digits(error.cos, 8),
+                    "rel_l2": measuring.digits(error.rel_l2),
                 }
             )
     return rows, failures
@@ -231,16 +242,6 @@ def _all_tensors(contender: contenders.Contender):
         return {"o": out} | dict(zip(("dq", "dk", "dv"), pull(dout), strict=True))
 
     return run
-
-
-def _digits(x: float, count: int = 5) -> float | None:
-    """x with as many digits as the measurement has; None for NaN and Inf, which JSON lacks."""
-    return float(f"{x:.{count}g}") if math.isfinite(x) else None
-
-
-def _sentence(reason: Exception) -> str:
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return text if len(text) < 200 else text[:200] + "…"
 
 
 def done(step: Line | Case, results: dict[str, Any], recipes: list[Recipe]) -> bool:
@@ -273,7 +274,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--recipes",
         nargs="+",
-        type=_recipe,
+        type=commandline.recipe,
         default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: docs/nvfp4.md
         metavar="RECIPE",
         help="name, or name:field=value,... for a variant (default: all 8-bit presets)",
@@ -294,10 +295,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=count, default=5, help="samples of each median (default: 5)")
     add("--seconds", type=number, help="least duration of a sample")
     options = parser.parse_args(arguments)
-    options.preset = options.preset or ("cpu" if measuring.device_name() == "cpu" else "gpu")
-    for name, value in PRESET_VALUES[options.preset].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options.preset = options.preset or measuring.preset()
+    commandline.complete(options, PRESET_VALUES[options.preset])
     for seq, dim in itertools.product(options.seq, options.head_dim):
         if options.tokens % seq:
             parser.error(f"--tokens {options.tokens} is no multiple of the sequence length {seq}")
@@ -312,25 +311,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.tests and not options.tests.exists():
         parser.error(f"--tests {options.tests} does not exist; pass what pytest --junitxml wrote")
     return options
-
-
-_VALUES = {"True": True, "False": False, "None": None}
-
-
-def _recipe(text: str) -> Recipe:
-    """A preset, or a variant of it such as train8:dp=bf16,delta=exact."""
-    name, _, changes = text.partition(":")
-    try:
-        recipe = resolve(name)
-        fields = {}
-        for change in changes.split(",") if changes else ():
-            field, equals, value = change.partition("=")
-            if not equals:
-                raise ValueError(f"{change!r} in {text!r} should be field=value")
-            fields[field] = _VALUES.get(value, int(value) if value.isdecimal() else value)
-        return recipe.replace(**fields)
-    except ValueError as reason:
-        raise argparse.ArgumentTypeError(str(reason)) from reason
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -349,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.budget_seconds and elapsed > options.budget_seconds:
             print(f"the budget is spent: {len(steps) - number + 1} measurements are left for later")
             break
-        print(f"[{number}/{len(steps)}, {elapsed:.0f} s] {_describe(step)}", flush=True)
+        print(f"[{number}/{len(steps)}, {elapsed:.0f} s] {describe(step)}", flush=True)
         part = "speed" if isinstance(step, Line) else "accuracy"
         measure = measure_speed if isinstance(step, Line) else measure_accuracy
         rows, failures = measure(step, entrants, options)
@@ -367,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if ours_failed else 0
 
 
-def _describe(step: Line | Case) -> str:
+def describe(step: Line | Case) -> str:
     return ", ".join(f"{name} {value}" for name, value in step._asdict().items())
 
 

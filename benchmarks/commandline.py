@@ -1,8 +1,15 @@
-"""Command-line options of the benchmarks: numbers that are checked, and errors of one line."""
+"""Command-line options of the benchmarks: numbers, recipes, folders; errors of one line."""
 
 from __future__ import annotations
 
 import argparse
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sage_jax.recipe import Recipe, resolve
+
+_VALUES = {"True": True, "False": False, "None": None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,3 +36,34 @@ def positive(kind: type):
         return value
 
     return convert
+
+
+def recipe(text: str) -> Recipe:
+    """A preset, or a variant of it such as train8:dp=bf16,delta=exact."""
+    name, _, changes = text.partition(":")
+    try:
+        preset = resolve(name)
+        fields = {}
+        for change in changes.split(",") if changes else ():
+            field, equals, value = change.partition("=")
+            if not equals:
+                raise ValueError(f"{change!r} in {text!r} should be field=value")
+            fields[field] = _VALUES.get(value, int(value) if value.isdecimal() else value)
+        return preset.replace(**fields)
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from reason
+
+
+def folder(text: str) -> pathlib.Path:
+    """A folder to write to; it need not exist."""
+    path = pathlib.Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name the folder to write to")
+    return path
+
+
+def complete(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """Fills in the options that were not given."""
+    for name, value in values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)

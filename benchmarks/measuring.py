@@ -12,7 +12,7 @@ import tempfile
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,7 +22,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def interleaved_medians(
     runs: Mapping[str, Callable[[], Any]], repeats: int, seconds: float
 ) -> dict[str, float]:
-    """Median seconds of one call of each run, measured in turns so that clocks drift for all alike.
+    """Median seconds of one call of each run; arguments as for `interleaved_samples`."""
+    samples = interleaved_samples(runs, repeats, seconds)
+    return {label: statistics.median(times) for label, times in samples.items()}
+
+
+def interleaved_samples(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of one call of each run, measured in turns so that clocks drift for all alike.
 
     Each sample queues as many calls as fill `seconds` and waits once at the end: the host is ahead
     of the device all the time, so what it costs to launch a call does not show.
@@ -47,7 +55,41 @@ def interleaved_medians(
                 last = run()
             jax.block_until_ready(last)
             samples[label].append((time.perf_counter() - start) / calls[label])
-    return {label: statistics.median(times) for label, times in samples.items()}
+    return samples
+
+
+class Planned(NamedTuple):
+    """Bytes that a compiled program asks of the device, as XLA planned them."""
+
+    arguments: int
+    results: int
+    temporaries: int
+    aliased: int  # of the results, that lie in arguments
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> Planned:
+        plan = compiled.memory_analysis()
+        return cls(
+            plan.argument_size_in_bytes,
+            plan.output_size_in_bytes,
+            plan.temp_size_in_bytes,
+            plan.alias_size_in_bytes,
+        )
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.results + self.temporaries - self.aliased
+
+
+def digits(x: float, count: int = 5) -> float | None:
+    """x with as many digits as the measurement has; None for NaN and Inf, which JSON lacks."""
+    return float(f"{x:.{count}g}") if math.isfinite(x) else None
+
+
+def sentence(reason: Exception) -> str:
+    """What an exception says, in one line of bounded length."""
+    text = " ".join(str(reason).split()) or type(reason).__name__
+    return text if len(text) < 200 else text[:200] + "…"
 
 
 def device_name() -> str:
@@ -56,10 +98,18 @@ def device_name() -> str:
     return "cpu" if device.platform == "cpu" else device.device_kind
 
 
-def results_path(name: str) -> pathlib.Path:
-    """benchmarks/results/<gpu>.json, the name in lower case with dashes."""
-    words = name.lower().split()
-    return ROOT / "benchmarks" / "results" / ("-".join(words) + ".json")
+def preset() -> str:
+    """Which defaults suit the device that JAX runs on: "cpu" or "gpu"."""
+    return "cpu" if device_name() == "cpu" else "gpu"
+
+
+def results_path(name: str, kind: str = "", folder: pathlib.Path | None = None) -> pathlib.Path:
+    """<folder>/<gpu>.json or <gpu>-<kind>.json, in lower case with dashes.
+
+    The folder is benchmarks/results where none is named.
+    """
+    words = f"{name} {kind}".lower().split()
+    return (folder or ROOT / "benchmarks" / "results") / ("-".join(words) + ".json")
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The results file of `attention.py`: going on from an earlier one, writing it, printing it."""
+"""Results files: writing them, printing their tables, going on from an earlier one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sage_jax.accuracy_report import format_table
 
 
 def earlier(path: pathlib.Path, head: dict[str, Any], fresh: bool) -> dict[str, Any]:
-    """The results to go on from: those in the file if they are of the same code and machine."""
+    """The results that `attention.py` goes on from: those in the file if they are of the same code and machine."""
     empty = {**head, "tests": {"passed": 0, "failed": 0, "skipped": 0}, "speed": [], "accuracy": []}
     if fresh or not path.exists():
         return empty
@@ -51,7 +51,8 @@ def speed_table(results: dict[str, Any]) -> str:
         where = tuple(row[f] for f in ("head_dim", "pass", "seq", "causal", "batch", "heads"))
         lines.setdefault(where, []).append(row)
     base = "cudnn_bf16" if any(row["impl"] == "cudnn_bf16" for row in rows) else "xla"
-    header = ["implementation", "pass", "head dim", "seq", "causal", "ms", "TFLOPS", f"× {base}"]
+    fields = ["pass", "head dim", "seq", "batch", "causal", "ms", "TFLOPS"]
+    header = ["implementation", *fields, f"× {base}"]
     cells = []
     for group in lines.values():
         reference = [row["ms"] for row in group if row["impl"] == base]
@@ -62,6 +63,7 @@ def speed_table(results: dict[str, Any]) -> str:
                     row["pass"],
                     str(row["head_dim"]),
                     str(row["seq"]),
+                    str(row["batch"]),
                     "yes" if row["causal"] else "no",
                     f"{row['ms']:.3f}",
                     f"{row['tflops']:.1f}" if row["tflops"] else "–",

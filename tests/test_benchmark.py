@@ -111,7 +111,8 @@ def test_a_second_run_measures_nothing_again_and_prints_the_table(tiny, capsys):
     assert "[1/" not in printed
     assert json.loads(path.read_text())["speed"] == before["speed"]
     lines = printed.splitlines()
-    assert " ".join(lines[1].split()) == "implementation pass head dim seq causal ms TFLOPS × xla"
+    columns = "implementation pass head dim seq batch causal ms TFLOPS × xla"
+    assert " ".join(lines[1].split()) == columns
     xla = [line for line in lines if line.startswith("xla  ") and " fwd " in line]
     assert len(xla) == 2 and all(line.endswith(" 1.00") for line in xla)
     assert any(line.startswith("sage_jax train8 ") and "sink" in line for line in lines)

@@ -65,11 +65,7 @@ def train(
     """Runs `steps` steps of AdamW from the parameters of `model`, which stays unchanged."""
     graph, parameters = nnx.split(model)
     optimizer = _optimizer(steps, learning_rate)
-
-    def loss_of(parameters, tokens):
-        module = nnx.merge(graph, parameters)
-        logits = module(tokens[:, :-1], [attend] * len(module.blocks))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    loss_of = loss_function(graph, attend)
 
     def update(parameters, state, gradients):
         updates, state = optimizer.update(gradients, state, parameters)
@@ -108,6 +104,17 @@ def train(
             if done in marks:
                 curve.append((done, evaluate()))
     return Run(name, losses, curve, clock.rate, _memory(step), first, parameters)
+
+
+def loss_function(graph: nnx.GraphDef, attend: Attend):
+    """A function (parameters, tokens int32 [B,T+1]) -> mean cross entropy, nats per byte."""
+
+    def loss_of(parameters, tokens):
+        module = nnx.merge(graph, parameters)
+        logits = module(tokens[:, :-1], [attend] * len(module.blocks))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    return loss_of
 
 
 class _Clock:
