@@ -30,7 +30,7 @@ def _total(rows) -> int:
 def strands(B: int, S: int, K: int, Hp: int) -> int:
     """Blocks that share the tiles of a key head, a power of two. The rule is that of `cuda/quantize/strands.cuh`."""
     count = 1
-    while count < 32 and 2 * count <= _tiles(S) and B * K * 2 * count * Hp <= 256 * 128:
+    while count < 16 and 2 * count <= _tiles(S) and B * K * 2 * count * Hp <= 256 * 128:
         count *= 2
     return count
 

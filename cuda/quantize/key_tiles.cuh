@@ -13,6 +13,8 @@ inline constexpr int kPerThread = kTileKeys / 16;  // tokens a thread holds
 struct PlaneIndex {
   int share, tiles, head, b, valid;
   int64_t plane;
+  int stride;    // from a token to the next, in elements
+  int64_t begin; // of the first token
 
   // `shares` blocks share a plane.
   template <class Params>
@@ -23,7 +25,21 @@ struct PlaneIndex {
     b = block / p.shape.kv_heads / shares;
     valid = min(p.bounds[3 * static_cast<int64_t>(b) + 1], p.shape.keys);
     plane = static_cast<int64_t>(b) * p.shape.kv_heads + head;
+    stride = p.shape.kv_heads * p.shape.head_dim;
+    begin = static_cast<int64_t>(b) * p.shape.keys * stride + head * p.shape.head_dim;
   }
+};
+
+// Which four of a tile's tokens a thread holds: `first`, and others at distances that the compiler knows.
+struct EverySixteenth {
+  int first;
+  static __device__ constexpr int distance(int i) { return 16 * i; }
+};
+// The words of V's codes: the order `pi` in groups of 16 (docs/abi.md). Of rows 0 to 15 of a block.
+struct PiOrder {
+  int first;
+  __device__ PiOrder(int tile, int row) : first(tile * kTileKeys + row / 4 * 16 + row % 4 * 2) {}
+  static __device__ constexpr int distance(int i) { return i % 2 + i / 2 * 8; }
 };
 
 // A block's tile of 64 tokens. The launch that reads a second time goes backwards: what the first has read last may
@@ -48,46 +64,43 @@ struct TokenPairs {
 
   TokenPairs() = default;
 
-  template <class Rows, class Params, class Token>
-  __device__ __forceinline__ TokenPairs(Rows rows, const Params& p, const PlaneIndex& at, Token token) {
-    load(rows, p, at, token);
-    check(rows, at, token);
+  template <class Rows, class Params, class Tokens>
+  __device__ __forceinline__ TokenPairs(Rows rows, const Params& p, const PlaneIndex& at, Tokens tokens) {
+    load(rows, p, at, tokens);
+    check(rows, at, tokens);
   }
 
   // Starts to read.
-  template <class Rows, class Params, class Token>
-  __device__ __forceinline__ void load(Rows, const Params& p, const PlaneIndex& at, Token token) {
-    const AttentionShape& s = p.shape;
-    const int64_t stride = static_cast<int64_t>(s.kv_heads) * s.head_dim;
-    const int64_t plane = static_cast<int64_t>(at.b) * s.keys * stride + at.head * s.head_dim;
+  template <class Rows, class Params, class Tokens>
+  __device__ __forceinline__ void load(Rows, const Params& p, const PlaneIndex& at, Tokens tokens) {
+    const int64_t first = at.begin + static_cast<int64_t>(tokens.first) * at.stride;
+    const int left = at.valid - tokens.first;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      k[i] = Piece();
-      v[i] = Piece();
-      if (token(i) >= at.valid) continue;
-      k[i].load(p.k, p.k_dtype, plane + token(i) * stride, Rows::channel(), s.head_dim);
-      v[i].load(p.v, p.v_dtype, plane + token(i) * stride, Rows::channel(), s.head_dim);
+      const int64_t row = first + static_cast<unsigned>(Tokens::distance(i) * at.stride);
+      const bool inside = Tokens::distance(i) < left;
+      k[i].load(p.k, p.k_dtype, row, Rows::channel(), p.shape.head_dim, inside);
+      v[i].load(p.v, p.v_dtype, row, Rows::channel(), p.shape.head_dim, inside);
     }
   }
 
   // Waits for what is read, and looks at it.
-  template <class Rows, class Token>
-  __device__ __forceinline__ void check(Rows, const PlaneIndex& at, Token token) {
+  template <class Rows, class Tokens>
+  __device__ __forceinline__ void check(Rows, const PlaneIndex& at, Tokens tokens) {
+    const int left = at.valid - tokens.first;
     bad = 0;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const bool valid = token(i) < at.valid;
+      const bool valid = Tokens::distance(i) < left;
       const bool finite =
-          whole_token<Rows::kThreadsPerToken>(!valid || (k[i].finite() && v[i].finite()));
+          whole_token<Rows::kThreadsPerToken>(Piece::finite(Piece::larger(k[i].magnitude(), v[i].magnitude())));
       used[i] = valid && finite;
       bad |= valid && !finite ? 1u << i : 0u;
+      if (!used[i]) {
+        k[i].clear();
+        v[i].clear();
+      }
     }
-  }
-
-  __device__ __forceinline__ void unpack(const Piece& piece, int i, float (&x)[kChannels]) const {
-    piece.unpack(x);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[c] = used[i] ? x[c] : 0.0f;
   }
 };
 

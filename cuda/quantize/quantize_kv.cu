@@ -6,6 +6,8 @@
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).
+#include <type_traits>
+
 #include "common/launch.h"
 #include "numerics/e4m3.h"
 #include "quantize/strands.cuh"
@@ -56,22 +58,36 @@ struct ChannelConstants {
   alignas(16) float key_mean[kHeadDim], value_mean[kHeadDim], inverse[kHeadDim];  // inverse: of the scale of V
 };
 
-// A tile of 64 tokens. Thread (row, channel) holds the tokens that `pi` stores as word `row` of a channel.
-template <int kHeadDim, class Piece, class Token>
+// x - mean, which fma rounds as a subtraction does; unused tokens are zeros and stay so.
+__device__ __forceinline__ void subtract(float (&x)[kChannels], const float (&mean)[kChannels], bool used) {
+  const float times = used ? -1.0f : 0.0f;
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) x[c] = fmaf(times, mean[c], x[c]);
+}
+
+// A tile of 64 tokens.
+template <int kHeadDim, class Piece>
 __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index,
-                                           const TokenPairs<Piece>& x, Token token,
+                                           const TokenPairs<Piece>& x,
                                            const ChannelConstants<kHeadDim>& constants,
                                            TransposedTile<kHeadDim>& transposed,
                                            float (&scratch)[3][2 * kHeadDim / kWarpSize]) {
   using Rows = RowBlock<kHeadDim>;
-  const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
+  const int row = Rows::row(), channel = Rows::channel();
   const int64_t tile = at.plane * at.tiles + tile_index;
   const bool bad_tile = __syncthreads_or(x.bad != 0);
-  // Calls write(i, element) for the thread's tokens, `element` counting in [B, K, S, Hp].
-  const auto write_tokens = [&](auto write) {
+  const PiOrder tokens(tile_index, row);
+  const int left = p.shape.keys - tokens.first;
+  const int64_t first = (at.plane * p.shape.keys + tokens.first) * kHeadDim + channel;
+  // Writes value(i) for the thread's tokens to an array of [B, K, S, Hp].
+  const auto write_tokens = [&](auto* array, auto value) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      if (token(i) < keys) write(i, (at.plane * keys + token(i)) * kHeadDim + channel);
+      const auto words = value(i);
+      if (PiOrder::distance(i) < left) {
+        *reinterpret_cast<std::remove_const_t<decltype(words)>*>(array + first + PiOrder::distance(i) * kHeadDim) =
+            words;
+      }
     }
   };
   float y[kPerThread][kChannels];
@@ -83,14 +99,13 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     x.k[i].unpack(y[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
+    subtract(y[i], mean, x.used[i]);
   }
   const GroupScale key_scale = tile_scale<Rows>(y, scratch[0]);
-  write_tokens([&](int i, int64_t element) {
+  write_tokens(p.k8, [&](int i) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
     if ((x.bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
-    *reinterpret_cast<uint2*>(p.k8 + element) = codes;
+    return codes;
   });
   if (threadIdx.x == 0) {
     const float negated = key_scale.scale == 0.0f ? kBadZeroScale : -key_scale.scale;
@@ -100,16 +115,15 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   // -----------------------------------------------------------------------------------------
   // values
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) x.unpack(x.v[i], i, y[i]);
+  for (int i = 0; i < kPerThread; ++i) x.v[i].unpack(y[i]);
   float inverse[kChannels];
   load_floats(inverse, constants.inverse + channel);
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
-    write_tokens([&](int i, int64_t element) {
+    write_tokens(static_cast<uint16_t*>(p.v_pv), [&](int i) {
       float scaled[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) scaled[c] = y[i][c] * inverse[c];
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_pv) + element) =
-          halves(scaled, p.pv == PvFormat::kBf16);
+      return halves(scaled, p.pv == PvFormat::kBf16);
     });
   } else if (p.pv == PvFormat::kInt8) {
     const GroupScale scale = tile_scale<Rows>(y, scratch[1]);
@@ -130,22 +144,14 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   if (p.smooth_v) {
     load_floats(mean, constants.value_mean + channel);
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) y[i][c] = x.used[i] ? y[i][c] - mean[c] : 0.0f;
-    }
+    for (int i = 0; i < kPerThread; ++i) subtract(y[i], mean, x.used[i]);
   }
   if (p.dp == DpFormat::kInt8) {
     const GroupScale scale = tile_scale<Rows>(y, scratch[2]);
     if (threadIdx.x == 0) p.v_dp_scale[tile] = scale.scale;
-    write_tokens([&](int i, int64_t element) {
-      *reinterpret_cast<uint2*>(static_cast<int8_t*>(p.v_dp) + element) =
-          int8_codes(y[i], scale.inverse);
-    });
+    write_tokens(static_cast<int8_t*>(p.v_dp), [&](int i) { return int8_codes(y[i], scale.inverse); });
   } else if (p.dp == DpFormat::kBf16) {
-    write_tokens([&](int i, int64_t element) {
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.v_dp) + element) = halves(y[i], true);
-    });
+    write_tokens(static_cast<uint16_t*>(p.v_dp), [&](int i) { return halves(y[i], true); });
   }
   if (p.pv == PvFormat::kE4m3) {
 #pragma unroll
@@ -174,15 +180,10 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   const int count = strands(p.shape);
   const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
   const StrandWalk walk(at, count);
-  // Words of a channel are 2q, 2q+1, 8+2q, 9+2q of the group of 16 tokens r / 4, with q = r % 4.
-  const int within = Rows::row() / 4 * 16 + Rows::row() % 4 * 2;
-  const auto tokens = [&](int tile) {
-    return [first = tile * kTileKeys + within](int i) { return first + i % 2 + i / 2 * 8; };
-  };
   TokenPairs<Piece> next;
   const auto load = [&](int visit) {
     const int tile = walk.tile(visit);
-    if (tile < at.tiles) next.load(Rows(), p, at, tokens(tile));
+    if (tile < at.tiles) next.load(Rows(), p, at, PiOrder(tile, Rows::row()));
   };
   load(walk.count() - 1);
 
@@ -204,8 +205,8 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
     TokenPairs<Piece> x = next;
     if (visit > 0) load(visit - 1);
     if (tile >= at.tiles) continue;
-    x.check(Rows(), at, tokens(tile));
-    write_tile<kHeadDim>(p, at, tile, x, tokens(tile), constants, transposed, scratch);
+    x.check(Rows(), at, PiOrder(tile, Rows::row()));
+    write_tile<kHeadDim>(p, at, tile, x, constants, transposed, scratch);
   }
 }
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) fp4_statistics(const QuantizeKvF
   const Statistics out(p.shape, p.workspace);
   const int row = Rows::row(), channel = Rows::channel();
   const int first = at.tile * kTileKeys + row;
-  const TokenPairs<Piece> x(Rows(), p, at, [&](int i) { return first + kRowsAtOnce * i; });
+  const TokenPairs<Piece> x(Rows(), p, at, EverySixteenth{first});
   const int64_t tile = at.plane * at.tiles + at.tile;
   const int c = static_cast<int>(threadIdx.x) % kHeadDim;  // two threads a channel
   const bool upper = static_cast<int>(threadIdx.x) >= kHeadDim;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(2 * kHeadDim) fp4_statistics(const QuantizeKvF
   for (int tensor = 0; tensor < 2; ++tensor) {
     float y[kPerThread][kChannels];
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) x.unpack(tensor == 0 ? x.k[i] : x.v[i], i, y[i]);
+    for (int i = 0; i < kPerThread; ++i) (tensor == 0 ? x.k[i] : x.v[i]).unpack(y[i]);
     const int64_t to = (tensor * out.tiles + tile) * kHeadDim + c;
     // The thread's largest value of a channel, and of its negative.
     const auto largest = [&](int k, float sign) {
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(2 * kHeadDim) fp4_write_codes(const QuantizeKv
   const Statistics in(p.shape, p.workspace);
   const int keys = p.shape.keys, row = Rows::row(), channel = Rows::channel();
   const int first = at.tile * kTileKeys + row;
-  const auto token = [&](int i) { return first + kRowsAtOnce * i; };
-  const TokenPairs<Piece> x(Rows(), p, at, token);
+  const auto token = [&](int i) { return first + EverySixteenth::distance(i); };
+  const TokenPairs<Piece> x(Rows(), p, at, EverySixteenth{first});
 
   // Each thread reads a channel's maximum, half of them twice.
   const int c = static_cast<int>(threadIdx.x) % kHeadDim;

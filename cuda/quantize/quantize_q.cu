@@ -22,118 +22,134 @@ struct QueryConfig {
   static_assert(kBlocks > 0, "a grid has blocks");
 };
 
-// A group of tokens. Heads come first: blocks at work at the same time read whole rows of memory.
-template <class Config>
-struct TokenGroup {
-  int head, first, b, valid;
+// The groups of tokens of a (batch, head) are shared out among blocks. Heads come first: blocks at work at the same time
+// read whole rows of memory.
+struct QueryShare {
+  int head, share, shares, b, valid, stride;
+  int64_t plane, begin;  // begin: of the head's first token, in elements; stride: from a token to the next
 
-  __device__ TokenGroup(const QuantizeQParams& p, int item) {
-    const int groups = (p.shape.queries + Config::kTokens - 1) / Config::kTokens;
-    head = item % p.shape.heads;
-    first = item / p.shape.heads % groups * Config::kTokens;
-    b = item / p.shape.heads / groups;
-    valid = min(p.bounds[3 * static_cast<int64_t>(b)], p.shape.queries);
-  }
-  __device__ int token(int i) const { return first + Config::Rows::row() + i * Config::Rows::kTokensAtOnce; }
-  __device__ void load(const QuantizeQParams& p, typename Config::Piece (&pieces)[Config::kPerThread]) const {
-    const AttentionShape& shape = p.shape;
-#pragma unroll
-    for (int i = 0; i < Config::kPerThread; ++i) {
-      const int64_t row =
-          ((static_cast<int64_t>(b) * shape.queries + token(i)) * shape.heads + head) * shape.head_dim;
-      pieces[i] = typename Config::Piece();
-      if (token(i) < valid) pieces[i].load(p.q, p.q_dtype, row, Config::Rows::channel(), shape.head_dim);
-    }
+  __device__ QueryShare(const QuantizeQParams& p, int shares_) : shares(shares_) {
+    const AttentionShape& s = p.shape;
+    head = static_cast<int>(blockIdx.x) % s.heads;
+    share = static_cast<int>(blockIdx.x) / s.heads % shares;
+    b = static_cast<int>(blockIdx.x) / s.heads / shares;
+    valid = min(p.bounds[3 * static_cast<int64_t>(b)], s.queries);
+    plane = static_cast<int64_t>(b) * s.heads + head;
+    stride = s.heads * s.head_dim;
+    begin = static_cast<int64_t>(b) * s.queries * stride + head * s.head_dim;
   }
 };
 
 template <class Config>
-__device__ __forceinline__ void quantize_group(const QuantizeQParams& p, const TokenGroup<Config>& at,
-                                               const typename Config::Piece (&pieces)[Config::kPerThread],
+using Pieces = typename Config::Piece[Config::kPerThread];
+
+// Starts to read this thread's tokens of a group.
+template <class Config>
+__device__ __forceinline__ void load_group(const QuantizeQParams& p, const QueryShare& at, int group,
+                                           Pieces<Config>& pieces) {
+  const int token = group * Config::kTokens + Config::Rows::row();
+  const int64_t first = at.begin + static_cast<int64_t>(token) * at.stride;
+#pragma unroll
+  for (int i = 0; i < Config::kPerThread; ++i) {
+    const int distance = i * Config::Rows::kTokensAtOnce;
+    pieces[i].load(p.q, p.q_dtype, first + static_cast<unsigned>(distance * at.stride), Config::Rows::channel(),
+                   p.shape.head_dim, distance < at.valid - token);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void quantize_group(const QuantizeQParams& p, const QueryShare& at, int group,
+                                               const float (&mean)[kChannels], Pieces<Config>& pieces,
                                                float* scratch) {
   using Rows = typename Config::Rows;
   constexpr int kPerThread = Config::kPerThread;
-  const AttentionShape& shape = p.shape;
-  const int channel = Rows::channel();
-  const int64_t plane = static_cast<int64_t>(at.b) * shape.heads + at.head;
-  float mean[kChannels];
-  const int kv_head = at.head / (shape.heads / shape.kv_heads);
-  load_floats(mean, p.k_mean + (static_cast<int64_t>(at.b) * shape.kv_heads + kv_head) *
-                                   Config::kHeadDim + channel);
-
-  // ------------------------------------------------------------------------ look for NaN and Inf
-  float x[kPerThread][kChannels];
-  float largest[kPerThread], shift[kPerThread];  // shift: q·mean of the keys
+  const int channel = Rows::channel(), token = group * Config::kTokens + Rows::row();
+  // ------------------------------------------------------------------------ scales
+  float largest[kPerThread];
   bool finite[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    finite[i] = whole_token<Rows::kThreadsPerToken>(pieces[i].finite());
-    pieces[i].unpack(x[i]);
+    uint32_t magnitude = pieces[i].magnitude();
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i][c] = finite[i] ? x[i][c] : 0.0f;
-    largest[i] = largest_magnitude(x[i]);
-    shift[i] = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) shift[i] = fmaf(x[i][c], mean[c], shift[i]);
+    for (int step = Rows::kThreadsPerToken / 2; step > 0; step /= 2) {
+      magnitude = Config::Piece::larger(magnitude, __shfl_xor_sync(kFullWarp, magnitude, step));
+    }
+    finite[i] = Config::Piece::finite(magnitude);
+    largest[i] = finite[i] ? Config::Piece::value(magnitude) : 0.0f;
   }
-
-  // --------------------------------------------------------------------------------------------
-  // scales
-  if constexpr (Config::kPerToken) {
+  if constexpr (!Config::kPerToken) {
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) largest[i] = lanes_max<Rows::kThreadsPerToken>(largest[i]);
-  } else {
     for (int i = 1; i < kPerThread; ++i) largest[0] = fmaxf(largest[0], largest[i]);
     largest[0] = block_max<Rows::kThreads>(largest[0], scratch);
+#pragma unroll
     for (int i = 1; i < kPerThread; ++i) largest[i] = largest[0];
   }
 
-  // --------------------------------------------------------------------------------------------
-  // codes
+  // ------------------------------------------------------------------------ codes, q·mean of the keys
+  const int64_t first = at.plane * p.shape.queries + token;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int token = at.token(i);
-    const GroupScale group = group_scale(largest[i], 127.0f);
-    const float whole = lanes_sum<Rows::kThreadsPerToken>(shift[i]);
-    if (token >= shape.queries) continue;  // after the last operation of the whole warp
-    const int64_t row = plane * shape.queries + token;
-    *reinterpret_cast<uint2*>(p.q8 + row * Config::kHeadDim + channel) =
-        int8_codes(x[i], group.inverse);
-    if (channel == 0) {
-      p.q_scale[row] = !finite[i] ? NAN : token < at.valid ? group.scale : 0.0f;
-      p.lse_shift[row] = finite[i] ? whole * p.scale : NAN;
+    const int distance = i * Rows::kTokensAtOnce;
+    const GroupScale scale = group_scale(largest[i], 127.0f);
+    float x[kChannels], shift = 0.0f;
+    if (!finite[i]) pieces[i].clear();
+    pieces[i].unpack(x);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) shift = fmaf(x[c], mean[c], shift);
+    shift = lanes_sum<Rows::kThreadsPerToken>(shift);
+    const uint2 codes = int8_codes(x, scale.inverse);
+    const bool inside = distance < p.shape.queries - token;
+    auto* const to = p.q8 + first * Config::kHeadDim + channel + distance * Config::kHeadDim;
+    if (inside) *reinterpret_cast<uint2*>(to) = codes;
+    if (inside && channel == 0) {
+      p.q_scale[first + distance] = !finite[i] ? NAN : distance < at.valid - token ? scale.scale : 0.0f;
+      p.lse_shift[first + distance] = finite[i] ? shift * p.scale : NAN;
     }
   }
 }
 
 template <class Config>
-__global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks)
-    quantize_queries(const QuantizeQParams p) {
+__host__ __device__ inline int groups_of_queries(const AttentionShape& s) {
+  return (s.queries + Config::kTokens - 1) / Config::kTokens;
+}
+
+struct QueryCall {
+  QuantizeQParams p;
+  int shares;  // blocks that share the groups of a head
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks) quantize_queries(const QueryCall call) {
+  const QuantizeQParams& p = call.p;
   __shared__ float scratch[2][Config::Rows::kThreads / kWarpSize];  // in turns: a fast warp is one group ahead
-  const int groups = (p.shape.queries + Config::kTokens - 1) / Config::kTokens;
-  const int items = p.shape.batch * p.shape.heads * groups;
-  int item = static_cast<int>(blockIdx.x), turn = 0;
-  typename Config::Piece next[Config::kPerThread];
-  TokenGroup<Config>(p, item).load(p, next);
+  const QueryShare at(p, call.shares);
+  const int groups = groups_of_queries<Config>(p.shape);
+  Pieces<Config> next;
+  load_group<Config>(p, at, at.share, next);
+  float mean[kChannels];
+  const int kv_head = at.head / (p.shape.heads / p.shape.kv_heads);
+  load_floats(mean, p.k_mean + (static_cast<int64_t>(at.b) * p.shape.kv_heads + kv_head) * Config::kHeadDim +
+                        Config::Rows::channel());
 #pragma unroll 1
-  for (; item < items; item += static_cast<int>(gridDim.x), turn ^= 1) {
-    typename Config::Piece pieces[Config::kPerThread];
+  for (int group = at.share, turn = 0; group < groups; group += at.shares, turn ^= 1) {
+    Pieces<Config> pieces;
 #pragma unroll
     for (int i = 0; i < Config::kPerThread; ++i) pieces[i] = next[i];
-    const int after = item + static_cast<int>(gridDim.x);
-    if (after < items) TokenGroup<Config>(p, after).load(p, next);
-    quantize_group<Config>(p, TokenGroup<Config>(p, item), pieces, scratch[turn]);
+    if (group + at.shares < groups) load_group<Config>(p, at, group + at.shares, next);
+    quantize_group<Config>(p, at, group, mean, pieces, scratch[turn]);
   }
 }
 
 template <class Config>
 const char* start(const QuantizeQParams& p, Stream stream) {
-  const int64_t items = static_cast<int64_t>(p.shape.batch) * p.shape.heads *
-                        ((p.shape.queries + Config::kTokens - 1) / Config::kTokens);
-  if (items > INT32_MAX / 2) return "batch · heads · query length is too large; split the batch";
-  const int64_t blocks = std::min<int64_t>(items, Config::kBlocks * multiprocessors());
-  return launch(quantize_queries<Config>, dim3(static_cast<unsigned>(blocks)),
-                Config::Rows::kThreads, 0, stream, p);
+  const int64_t planes = static_cast<int64_t>(p.shape.batch) * p.shape.heads;
+  const int groups = groups_of_queries<Config>(p.shape);
+  if (planes == 0 || groups == 0) return nullptr;
+  const int64_t room = std::max<int64_t>(1, Config::kBlocks * multiprocessors() / planes);
+  const int shares = static_cast<int>(std::min<int64_t>(room, groups));
+  if (planes * shares > INT32_MAX) return "batch · heads is too large; split the batch";
+  return launch(quantize_queries<Config>, dim3(static_cast<unsigned>(planes * shares)), Config::Rows::kThreads, 0,
+                stream, QueryCall{p, shares});
 }
 
 template <int kHeadDim>

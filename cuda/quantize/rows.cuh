@@ -36,84 +36,166 @@ __device__ __forceinline__ float load_element(const void* x, Dtype dtype, int64_
   return dtype == Dtype::kBf16 ? bf16_value(bits) : f16_value(bits);
 }
 
-// Eight channels of a token as they lie in memory: many are read before the first is used. Of a tensor
-// whose dtype is known to the compiler and whose head dimension is a multiple of 8.
+// Eight float32 channels.
+__device__ __forceinline__ void load_floats(float (&x)[kChannels], const float* from) {
+  const auto* const pair = reinterpret_cast<const float4*>(from);
+  const float4 low = pair[0], high = pair[1];
+  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+}
+
+// Eight channels of a token as they lie in memory: many are read before the first is used.
+//   load         starts to read, if `inside`, the channels from `channel` on of a row that begins at element `row`
+//   clear        makes them zeros
+//   unpack       gives them as float32
+//   magnitude    the largest |x| in a form that `Piece::larger` combines: bits without a sign, ordered as
+//                unsigned integers, where a NaN is above Inf and Inf above all numbers
+//   Extremes     largest and smallest of each channel over several tokens
+
+// Of a tensor whose dtype is known to the compiler and whose head dimension is a multiple of 8.
 template <Dtype kDtype>
 struct Piece {
   static_assert(kDtype != Dtype::kF32, "16-bit formats");
+  static constexpr bool kBf16 = kDtype == Dtype::kBf16;
   uint4 words = {0, 0, 0, 0};
 
-  __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel,
-                                       int head_dim) {
-    if (channel >= head_dim) return;
-    words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(tensor) + row + channel);
+  __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel, int head_dim,
+                                       bool inside = true) {
+    const auto* const from = static_cast<const uint16_t*>(tensor) + row + channel;
+    words = make_uint4(0, 0, 0, 0);
+    if (inside && channel < head_dim) words = *reinterpret_cast<const uint4*>(from);
   }
-  __device__ __forceinline__ bool finite() const {
-    constexpr uint32_t kExponent = kDtype == Dtype::kBf16 ? 0x7f80u : 0x7c00u;
-    bool finite = true;
-    const uint32_t all[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (uint32_t w : all) {
-      finite = finite && (w & kExponent) != kExponent &&
-               (w & kExponent << 16) != kExponent << 16;
-    }
-    return finite;
-  }
+  __device__ __forceinline__ void clear() { words = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
     const uint32_t all[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kDtype == Dtype::kBf16) {
-        x[2 * i] = bits_float(all[i] << 16);
-        x[2 * i + 1] = bits_float(all[i] & 0xffff0000u);
-      } else {
-        ptx::cvt_f32_f16x2(x[2 * i], x[2 * i + 1], all[i]);
+    for (int i = 0; i < 4; ++i) floats(x[2 * i], x[2 * i + 1], all[i]);
+  }
+
+  // Two at a time.
+  __device__ __forceinline__ uint32_t magnitude() const {
+    constexpr uint32_t kNoSigns = 0x7fff7fffu;
+    return larger(larger(words.x & kNoSigns, words.y & kNoSigns),
+                  larger(words.z & kNoSigns, words.w & kNoSigns));
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+  __device__ __forceinline__ bool finite() const { return finite(magnitude()); }
+  static __device__ __forceinline__ bool finite(uint32_t magnitude) {
+    constexpr uint32_t kInf = kBf16 ? 0x7f80u : 0x7c00u;
+    return (magnitude & 0xffffu) < kInf && magnitude >> 16 < kInf;
+  }
+  static __device__ __forceinline__ float value(uint32_t magnitude) {
+    const uint32_t bits = max(magnitude & 0xffffu, magnitude >> 16);
+    return kBf16 ? bits_float(bits << 16) : f16_value(static_cast<uint16_t>(bits));
+  }
+
+  struct Extremes {
+    uint32_t largest[4], smallest[4];
+
+    __device__ __forceinline__ Extremes() {
+      constexpr uint32_t kInf = kBf16 ? 0x7f807f80u : 0x7c007c00u;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        largest[i] = kInf | 0x80008000u;
+        smallest[i] = kInf;
       }
     }
-  }
-};
-
-template <>
-struct Piece<Dtype::kF32> {
-  float4 low = {0.0f, 0.0f, 0.0f, 0.0f}, high = {0.0f, 0.0f, 0.0f, 0.0f};
-
-  __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel,
-                                       int head_dim) {
-    if (channel >= head_dim) return;
-    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(tensor) + row + channel);
-    low = from[0];
-    high = from[1];
-  }
-  __device__ __forceinline__ bool finite() const {
-    return is_finite(low.x) && is_finite(low.y) && is_finite(low.z) && is_finite(low.w) &&
-           is_finite(high.x) && is_finite(high.y) && is_finite(high.z) && is_finite(high.w);
-  }
-  __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-  }
-};
-
-// The same of any tensor.
-struct AnyPiece {
-  float values[kChannels] = {};
-
-  __device__ __forceinline__ void load(const void* tensor, Dtype dtype, int64_t row, int channel,
-                                       int head_dim) {
+    __device__ __forceinline__ void add(const Piece& x) {
+      const uint32_t all[4] = {x.words.x, x.words.y, x.words.z, x.words.w};
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      if (channel + i < head_dim) values[i] = load_element(tensor, dtype, row + channel + i);
+      for (int i = 0; i < 4; ++i) {
+        largest[i] = kBf16 ? ptx::max_bf16x2(largest[i], all[i]) : ptx::max_f16x2(largest[i], all[i]);
+        smallest[i] = kBf16 ? ptx::min_bf16x2(smallest[i], all[i]) : ptx::min_f16x2(smallest[i], all[i]);
+      }
+    }
+    __device__ __forceinline__ void unpack(float (&most)[kChannels], float (&least)[kChannels]) const {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        floats(most[2 * i], most[2 * i + 1], largest[i]);
+        floats(least[2 * i], least[2 * i + 1], smallest[i]);
+      }
+    }
+  };
+
+ private:
+  static __device__ __forceinline__ void floats(float& low, float& high, uint32_t word) {
+    if constexpr (kBf16) {
+      low = bits_float(word << 16);
+      high = bits_float(word & 0xffff0000u);
+    } else {
+      ptx::cvt_f32_f16x2(low, high, word);
     }
   }
-  __device__ __forceinline__ bool finite() const {
-    bool finite = true;
+};
+
+// What pieces of float32 share.
+struct FloatPiece {
+  float values[kChannels] = {};
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) finite = finite && is_finite(values[i]);
-    return finite;
+    for (int i = 0; i < kChannels; ++i) values[i] = 0.0f;
   }
   __device__ __forceinline__ void unpack(float (&x)[kChannels]) const {
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) x[i] = values[i];
+  }
+  __device__ __forceinline__ uint32_t magnitude() const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) largest = larger(largest, float_bits(values[i]) & 0x7fffffffu);
+    return largest;
+  }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
+  __device__ __forceinline__ bool finite() const { return finite(magnitude()); }
+  static __device__ __forceinline__ bool finite(uint32_t magnitude) { return magnitude < 0x7f800000u; }
+  static __device__ __forceinline__ float value(uint32_t magnitude) { return bits_float(magnitude); }
+
+  struct Extremes {
+    float largest[kChannels], smallest[kChannels];
+
+    __device__ __forceinline__ Extremes() {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        largest[i] = -INFINITY;
+        smallest[i] = INFINITY;
+      }
+    }
+    __device__ __forceinline__ void add(const FloatPiece& x) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        largest[i] = fmaxf(largest[i], x.values[i]);
+        smallest[i] = fminf(smallest[i], x.values[i]);
+      }
+    }
+    __device__ __forceinline__ void unpack(float (&most)[kChannels], float (&least)[kChannels]) const {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) {
+        most[i] = largest[i];
+        least[i] = smallest[i];
+      }
+    }
+  };
+};
+
+template <>
+struct Piece<Dtype::kF32> : FloatPiece {
+  __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel, int head_dim,
+                                       bool inside = true) {
+    clear();
+    if (inside && channel < head_dim) load_floats(values, static_cast<const float*>(tensor) + row + channel);
+  }
+};
+
+// Of any tensor.
+struct AnyPiece : FloatPiece {
+  __device__ __forceinline__ void load(const void* tensor, Dtype dtype, int64_t row, int channel, int head_dim,
+                                       bool inside = true) {
+    clear();
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      if (inside && channel + i < head_dim) values[i] = load_element(tensor, dtype, row + channel + i);
+    }
   }
 };
 
@@ -124,14 +206,6 @@ const char* with_pieces(Dtype one, Dtype other, int head_dim, Start start) {
   if (one == Dtype::kBf16) return start(Piece<Dtype::kBf16>());
   if (one == Dtype::kF16) return start(Piece<Dtype::kF16>());
   return start(Piece<Dtype::kF32>());
-}
-
-// Eight float32 channels.
-__device__ __forceinline__ void load_floats(float (&x)[kChannels], const float* from) {
-  const auto* const pair = reinterpret_cast<const float4*>(from);
-  const float4 low = pair[0], high = pair[1];
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
-  x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
 __device__ __forceinline__ float largest_magnitude(const float (&x)[kChannels]) {

@@ -11,7 +11,7 @@
 
 namespace sage {
 
-inline constexpr int kMostStrands = 32;
+inline constexpr int kMostStrands = 16;
 inline constexpr int kStrandChannels = 256 * 128;  // of all strands: two blocks on each of 128 multiprocessors
 inline constexpr int kLevels = 16;                 // of a strand's subtree: at least 2^22 tokens
 
@@ -69,7 +69,7 @@ struct StrandWalk {
 template <int kHeadDim>
 struct StrandShared {
   static constexpr int kWarps = 2 * kHeadDim / kWarpSize;
-  float rows[2][kWarps][kHeadDim];         // of K and V; at the end largest V and largest -V
+  float rows[2][kWarps][kHeadDim];         // of K and V; at the end largest and smallest V
   float partial[kLevels][2 * kHeadDim];    // sums of the walk
   int used[kWarps];
 };
@@ -103,17 +103,14 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
       out[1] = make_float4(x[4], x[5], x[6], x[7]);
     }
   };
-  const auto add = [](float a, float b) { return a + b; };
-  const auto larger = [](float a, float b) { return fmaxf(a, b); };
 
-  float largest[kChannels], negated[kChannels], sum = 0.0f;
+  typename Piece::Extremes extremes;
+  float sum = 0.0f;
   int used = 0;
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) largest[i] = negated[i] = -INFINITY;
   TokenPairs<Piece> next;
   const auto load = [&](int visit) {
     const int tile = walk.tile(visit);
-    if (tile < at.tiles) next.load(Rows(), p, at, [&](int i) { return tile * kTileKeys + row + 16 * i; });
+    if (tile < at.tiles) next.load(Rows(), p, at, EverySixteenth{tile * kTileKeys + row});
   };
   load(0);
 #pragma unroll 1
@@ -123,25 +120,21 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
     if (visit + 1 < walk.count()) load(visit + 1);
     sum = 0.0f;
     if (tile < at.tiles) {
-      x.check(Rows(), at, [&](int i) { return tile * kTileKeys + row + 16 * i; });
+      x.check(Rows(), at, EverySixteenth{tile * kTileKeys + row});
       // Tokens row, row + 16, row + 32, row + 48: the first two halvings of the tile happen here.
       float y[kPerThread][kChannels], four[kChannels];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
-        for (int i = 0; i < kPerThread; ++i) x.unpack(k == 0 ? x.k[i] : x.v[i], i, y[i]);
+        for (int i = 0; i < kPerThread; ++i) (k == 0 ? x.k[i] : x.v[i]).unpack(y[i]);
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) four[i] = (y[0][i] + y[2][i]) + (y[1][i] + y[3][i]);
-        spread(k, four, add);
+        spread(k, four, [](float a, float b) { return a + b; });
       }
 #pragma unroll
-      for (int k = 0; k < kPerThread; ++k) {
-        used += x.used[k] ? 1 : 0;
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) {
-          largest[i] = x.used[k] ? fmaxf(largest[i], y[k][i]) : largest[i];
-          negated[i] = x.used[k] ? fmaxf(negated[i], -y[k][i]) : negated[i];
-        }
+      for (int i = 0; i < kPerThread; ++i) {
+        used += x.used[i] ? 1 : 0;
+        if (x.used[i]) extremes.add(x.v[i]);
       }
       __syncthreads();
       float z[kWarps];
@@ -163,17 +156,21 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
   const Statistics out(p.shape, p.workspace);
   const int64_t to = at.plane * count + at.share;
   (tensor == 0 ? out.key_sums : out.value_sums)[to * kHeadDim + c] = sum;
-  spread(0, largest, larger);
-  spread(1, negated, larger);
+  float largest[kChannels], smallest[kChannels];
+  extremes.unpack(largest, smallest);
+  spread(0, largest, [](float a, float b) { return fmaxf(a, b); });
+  spread(1, smallest, [](float a, float b) { return fminf(a, b); });
   used = channel == 0 ? used : 0;
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) used += __shfl_xor_sync(kFullWarp, used, step);
   if (lane == 0) shared.used[warp] = used;
   __syncthreads();
-  float most = -INFINITY;
+  float extreme = rows[tensor][0][c];
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) most = fmaxf(most, rows[tensor][i][c]);
-  (tensor == 0 ? out.value_max : out.value_min)[to * kHeadDim + c] = tensor == 0 ? most : -most;
+  for (int i = 1; i < kWarps; ++i) {
+    extreme = tensor == 0 ? fmaxf(extreme, rows[tensor][i][c]) : fminf(extreme, rows[tensor][i][c]);
+  }
+  (tensor == 0 ? out.value_max : out.value_min)[to * kHeadDim + c] = extreme;
   if (threadIdx.x == 0) {
     int total = 0;
     for (int i = 0; i < kWarps; ++i) total += shared.used[i];

@@ -197,6 +197,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   });
   return mine.out;
 }
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  const unsigned low = a << 16 > b << 16 ? a : b, high = a >> 16 > b >> 16 ? a : b;
+  return (high & 0xffff0000u) | (low & 0xffffu);
+}
 inline unsigned __brev(unsigned x) {
   unsigned reversed = 0;
   for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1u) << (31 - i);

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "numerics/bf16.h"
+#include "numerics/f16.h"
+
 namespace sage::ptx {
 
 inline float ex2(float x) {
@@ -12,6 +15,23 @@ inline float ex2(float x) {
 }
 
 inline float lg2(float x) { return std::log2(x); }
+
+template <class Value, class Pick>
+uint32_t pick_halves(uint32_t a, uint32_t b, Value value, Pick first) {
+  uint32_t r = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const auto x = static_cast<uint16_t>(a >> i), y = static_cast<uint16_t>(b >> i);
+    r |= static_cast<uint32_t>(std::isnan(value(y)) || first(value(x), value(y)) ? x : y) << i;
+  }
+  return r;
+}
+inline bool larger(float x, float y) { return x >= y; }
+inline bool smaller(float x, float y) { return x <= y; }
+
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, bf16_value, larger); }
+inline uint32_t min_bf16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, bf16_value, smaller); }
+inline uint32_t max_f16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, f16_value, larger); }
+inline uint32_t min_f16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, f16_value, smaller); }
 
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
