@@ -66,21 +66,32 @@ struct TokenPairs {
 
   template <class Rows, class Params, class Tokens>
   __device__ __forceinline__ TokenPairs(Rows rows, const Params& p, const PlaneIndex& at, Tokens tokens) {
-    load(rows, p, at, tokens);
+    load(p, at, tokens, Rows::channel());
     check(rows, at, tokens);
   }
 
   // Starts to read.
-  template <class Rows, class Params, class Tokens>
-  __device__ __forceinline__ void load(Rows, const Params& p, const PlaneIndex& at, Tokens tokens) {
-    const int64_t first = at.begin + static_cast<int64_t>(tokens.first) * at.stride;
-    const int left = at.valid - tokens.first;
+  template <class Params, class Tokens>
+  __device__ __forceinline__ void load(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
+    load_keys(p, at, tokens, channel);
+    load_values(p, at, tokens, channel);
+  }
+  template <class Params, class Tokens>
+  __device__ __forceinline__ void load_keys(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
+    read(k, p.k, p.k_dtype, at, tokens, channel, p.shape.head_dim);
+  }
+  template <class Params, class Tokens>
+  __device__ __forceinline__ void load_values(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
+    read(v, p.v, p.v_dtype, at, tokens, channel, p.shape.head_dim);
+  }
+
+  // Reads the values once more, after a check, where they did not find room in registers.
+  template <class Params, class Tokens>
+  __device__ __forceinline__ void read_again(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
+    load_values(p, at, tokens, channel);
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const int64_t row = first + static_cast<unsigned>(Tokens::distance(i) * at.stride);
-      const bool inside = Tokens::distance(i) < left;
-      k[i].load(p.k, p.k_dtype, row, Rows::channel(), p.shape.head_dim, inside);
-      v[i].load(p.v, p.v_dtype, row, Rows::channel(), p.shape.head_dim, inside);
+      if (!used[i]) v[i].clear();
     }
   }
 
@@ -100,6 +111,18 @@ struct TokenPairs {
         k[i].clear();
         v[i].clear();
       }
+    }
+  }
+
+ private:
+  template <class Tokens>
+  static __device__ __forceinline__ void read(Piece (&pieces)[kPerThread], const void* tensor, Dtype dtype,
+                                              const PlaneIndex& at, Tokens tokens, int channel, int head_dim) {
+    const int64_t first = at.begin + static_cast<int64_t>(tokens.first) * at.stride;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      pieces[i].load(tensor, dtype, first + static_cast<unsigned>(Tokens::distance(i) * at.stride), channel,
+                     head_dim, Tokens::distance(i) < at.valid - tokens.first);
     }
   }
 };

@@ -65,17 +65,22 @@ __device__ __forceinline__ void subtract(float (&x)[kChannels], const float (&me
   for (int c = 0; c < kChannels; ++c) x[c] = fmaf(times, mean[c], x[c]);
 }
 
-// A tile of 64 tokens.
+// A tile of 64 tokens; reads tile `next`, if there is one, into x as its registers become free.
 template <int kHeadDim, class Piece>
-__device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index,
-                                           const TokenPairs<Piece>& x,
+__device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index, int next,
+                                           TokenPairs<Piece>& x,
                                            const ChannelConstants<kHeadDim>& constants,
                                            TransposedTile<kHeadDim>& transposed,
                                            float (&scratch)[3][2 * kHeadDim / kWarpSize]) {
   using Rows = RowBlock<kHeadDim>;
-  const int row = Rows::row(), channel = Rows::channel();
+  // Lest addresses wait in registers for the next tile.
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), row = Rows::row(thread), channel = Rows::channel(thread);
   const int64_t tile = at.plane * at.tiles + tile_index;
-  const bool bad_tile = __syncthreads_or(x.bad != 0);
+  const uint32_t bad = x.bad;
+  bool used[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) used[i] = x.used[i];
+  const bool bad_tile = __syncthreads_or(bad != 0);
   const PiOrder tokens(tile_index, row);
   const int left = p.shape.keys - tokens.first;
   const int64_t first = (at.plane * p.shape.keys + tokens.first) * kHeadDim + channel;
@@ -99,12 +104,13 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     x.k[i].unpack(y[i]);
-    subtract(y[i], mean, x.used[i]);
+    subtract(y[i], mean, used[i]);
   }
+  if (next < at.tiles) x.load_keys(p, at, PiOrder(next, row), channel);
   const GroupScale key_scale = tile_scale<Rows>(y, scratch[0]);
   write_tokens(p.k8, [&](int i) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
-    if ((x.bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
+    if ((bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
     return codes;
   });
   if (threadIdx.x == 0) {
@@ -114,8 +120,10 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
 
   // -----------------------------------------------------------------------------------------
   // values
+  if (!Piece::kReadsAhead) x.read_again(p, at, tokens, channel);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) x.v[i].unpack(y[i]);
+  if (next < at.tiles) x.load_values(p, at, PiOrder(next, row), channel);
   float inverse[kChannels];
   load_floats(inverse, constants.inverse + channel);
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
@@ -144,7 +152,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   if (p.smooth_v) {
     load_floats(mean, constants.value_mean + channel);
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) subtract(y[i], mean, x.used[i]);
+    for (int i = 0; i < kPerThread; ++i) subtract(y[i], mean, used[i]);
   }
   if (p.dp == DpFormat::kInt8) {
     const GroupScale scale = tile_scale<Rows>(y, scratch[2]);
@@ -166,7 +174,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   const int64_t padded_keys = static_cast<int64_t>(at.tiles) * kTileKeys;
   transposed.store(
       static_cast<uint8_t*>(p.v_pv) + at.plane * kHeadDim * padded_keys + tile_index * kTileKeys,
-      padded_keys);
+      padded_keys, thread);
 }
 
 // A block writes the tiles of a strand, the last that strand_statistics has read first: they may still lie in the L2
@@ -180,13 +188,6 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   const int count = strands(p.shape);
   const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
   const StrandWalk walk(at, count);
-  TokenPairs<Piece> next;
-  const auto load = [&](int visit) {
-    const int tile = walk.tile(visit);
-    if (tile < at.tiles) next.load(Rows(), p, at, PiOrder(tile, Rows::row()));
-  };
-  load(walk.count() - 1);
-
   const int c = static_cast<int>(threadIdx.x) % kHeadDim;
   const bool of_values = threadIdx.x >= kHeadDim;
   ChannelStatistics over;
@@ -198,15 +199,22 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
     constants.inverse[c] = scale.inverse;
     if (at.share == 0 && p.pv != PvFormat::kInt8) p.v_scale[at.plane * kHeadDim + c] = scale.scale;
   }
+  // The walk backwards, over tiles that exist.
+  int visit = walk.count() - 1;
+  while (walk.tile(visit) >= at.tiles) --visit;
+  TokenPairs<Piece> x;
+  if (Piece::kReadsAhead) x.load(p, at, PiOrder(walk.tile(visit), Rows::row()), Rows::channel());
   __syncthreads();
 #pragma unroll 1
-  for (int visit = walk.count() - 1; visit >= 0; --visit) {
+  while (visit >= 0) {
     const int tile = walk.tile(visit);
-    TokenPairs<Piece> x = next;
-    if (visit > 0) load(visit - 1);
-    if (tile >= at.tiles) continue;
+    do {
+      --visit;
+    } while (visit >= 0 && walk.tile(visit) >= at.tiles);
+    const int next = Piece::kReadsAhead && visit >= 0 ? walk.tile(visit) : at.tiles;
+    if (!Piece::kReadsAhead) x.load(p, at, PiOrder(tile, Rows::row()), Rows::channel());
     x.check(Rows(), at, PiOrder(tile, Rows::row()));
-    write_tile<kHeadDim>(p, at, tile, x, constants, transposed, scratch);
+    write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch);
   }
 }
 

@@ -18,7 +18,8 @@ struct QueryConfig {
   static constexpr int kTokens = kTokens_;
   static constexpr bool kPerToken = kPerToken_;
   static constexpr int kPerThread = kTokens / Rows::kTokensAtOnce;
-  static constexpr int kBlocks = (kPerThread > 4 ? 256 : 384) / kHeadDim;  // of a multiprocessor
+  // Of a multiprocessor.
+  static constexpr int kBlocks = (kPerThread > 4 || !Piece::kReadsAhead ? 256 : 384) / kHeadDim;
   static_assert(kBlocks > 0, "a grid has blocks");
 };
 
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks) quant
   const QueryShare at(p, call.shares);
   const int groups = groups_of_queries<Config>(p.shape);
   Pieces<Config> next;
-  load_group<Config>(p, at, at.share, next);
+  if (Config::Piece::kReadsAhead) load_group<Config>(p, at, at.share, next);
   float mean[kChannels];
   const int kv_head = at.head / (p.shape.heads / p.shape.kv_heads);
   load_floats(mean, p.k_mean + (static_cast<int64_t>(at.b) * p.shape.kv_heads + kv_head) * Config::kHeadDim +
@@ -133,9 +134,13 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks) quant
 #pragma unroll 1
   for (int group = at.share, turn = 0; group < groups; group += at.shares, turn ^= 1) {
     Pieces<Config> pieces;
+    if constexpr (Config::Piece::kReadsAhead) {
 #pragma unroll
-    for (int i = 0; i < Config::kPerThread; ++i) pieces[i] = next[i];
-    if (group + at.shares < groups) load_group<Config>(p, at, group + at.shares, next);
+      for (int i = 0; i < Config::kPerThread; ++i) pieces[i] = next[i];
+      if (group + at.shares < groups) load_group<Config>(p, at, group + at.shares, next);
+    } else {
+      load_group<Config>(p, at, group, pieces);
+    }
     quantize_group<Config>(p, at, group, mean, pieces, scratch[turn]);
   }
 }

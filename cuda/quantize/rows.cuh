@@ -24,9 +24,9 @@ struct RowBlock {
   static constexpr int kTokensAtOnce = kThreads / kThreadsPerToken;
   static_assert(kTokensAtOnce == 16, "quantize_kv.cu and quantize_q.cu map 16 rows to tokens");
 
-  static __device__ int row() { return static_cast<int>(threadIdx.x) / kThreadsPerToken; }
-  static __device__ int channel() {
-    return static_cast<int>(threadIdx.x) % kThreadsPerToken * kChannels;
+  static __device__ int row(int thread = static_cast<int>(threadIdx.x)) { return thread / kThreadsPerToken; }
+  static __device__ int channel(int thread = static_cast<int>(threadIdx.x)) {
+    return thread % kThreadsPerToken * kChannels;
   }
 };
 
@@ -51,12 +51,14 @@ __device__ __forceinline__ void load_floats(float (&x)[kChannels], const float* 
 //   magnitude    the largest |x| in a form that `Piece::larger` combines: bits without a sign, ordered as
 //                unsigned integers, where a NaN is above Inf and Inf above all numbers
 //   Extremes     largest and smallest of each channel over several tokens
+//   kReadsAhead  whether registers suffice for reading the next tokens while these are worked on
 
 // Of a tensor whose dtype is known to the compiler and whose head dimension is a multiple of 8.
 template <Dtype kDtype>
 struct Piece {
   static_assert(kDtype != Dtype::kF32, "16-bit formats");
   static constexpr bool kBf16 = kDtype == Dtype::kBf16;
+  static constexpr bool kReadsAhead = true;
   uint4 words = {0, 0, 0, 0};
 
   __device__ __forceinline__ void load(const void* tensor, Dtype, int64_t row, int channel, int head_dim,
@@ -130,6 +132,7 @@ struct Piece {
 
 // What pieces of float32 share.
 struct FloatPiece {
+  static constexpr bool kReadsAhead = false;
   float values[kChannels] = {};
 
   __device__ __forceinline__ void clear() {
@@ -293,8 +296,8 @@ struct TransposedTile {
   }
 
   // Copies the tile to columns [column, column + 64) of a matrix of rows `stride` bytes apart.
-  __device__ void store(uint8_t* out, int64_t stride) const {
-    for (int i = static_cast<int>(threadIdx.x); i < kHeadDim * 4; i += 2 * kHeadDim) {
+  __device__ void store(uint8_t* out, int64_t stride, int thread = static_cast<int>(threadIdx.x)) const {
+    for (int i = thread; i < kHeadDim * 4; i += 2 * kHeadDim) {
       const uint32_t* from = &words[i / 4][chunk(i / 4, i % 4) * 4];
       *reinterpret_cast<uint4*>(out + i / 4 * stride + i % 4 * 16) =
           make_uint4(from[0], from[1], from[2], from[3]);

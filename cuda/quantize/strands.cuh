@@ -108,16 +108,21 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
   float sum = 0.0f;
   int used = 0;
   TokenPairs<Piece> next;
-  const auto load = [&](int visit) {
-    const int tile = walk.tile(visit);
-    if (tile < at.tiles) next.load(Rows(), p, at, EverySixteenth{tile * kTileKeys + row});
+  const auto load = [&](TokenPairs<Piece>& x, int visit) {
+    const int tile = visit < walk.count() ? walk.tile(visit) : at.tiles;
+    if (tile < at.tiles) x.load(p, at, EverySixteenth{tile * kTileKeys + ptx::opaque(row)}, ptx::opaque(channel));
   };
-  load(0);
+  if (Piece::kReadsAhead) load(next, 0);
 #pragma unroll 1
   for (int visit = 0; visit < walk.count(); ++visit) {
     const int tile = walk.tile(visit);
-    TokenPairs<Piece> x = next;
-    if (visit + 1 < walk.count()) load(visit + 1);
+    TokenPairs<Piece> x;
+    if constexpr (Piece::kReadsAhead) {
+      x = next;
+      load(next, visit + 1);
+    } else {
+      load(x, visit);
+    }
     sum = 0.0f;
     if (tile < at.tiles) {
       x.check(Rows(), at, EverySixteenth{tile * kTileKeys + row});
@@ -188,19 +193,18 @@ struct ChannelStatistics {
     const Statistics in(p.shape, p.workspace);
     const int count = strands(p.shape), width = p.shape.padded_dim;
     const int64_t first = plane * count * width + channel;
-    const float* const from = of_values ? in.value_sums : in.key_sums;
+    const float* const from = (of_values ? in.value_sums : in.key_sums) + first;
     float sums[kMostStrands], most = -INFINITY, least = INFINITY;
     int used = 0;
-#pragma unroll
-    for (int i = 0; i < kMostStrands; ++i) {
-      const int64_t at = first + static_cast<int64_t>(i) * width;
-      sums[i] = i < count ? from[at] : 0.0f;
-      used += i < count ? in.used[plane * count + i] : 0;
-      if (of_values && i < count) {
-        most = fmaxf(most, in.value_max[at]);
-        least = fminf(least, in.value_min[at]);
-      }
+#pragma unroll 4
+    for (int i = 0; i < count; ++i) {
+      used += in.used[plane * count + i];
+      if (!of_values) continue;
+      most = fmaxf(most, in.value_max[first + i * width]);
+      least = fminf(least, in.value_min[first + i * width]);
     }
+#pragma unroll
+    for (int i = 0; i < kMostStrands; ++i) sums[i] = i < count ? from[i * width] : 0.0f;
 #pragma unroll
     for (int half = kMostStrands / 2; half > 0; half /= 2) {
 #pragma unroll
