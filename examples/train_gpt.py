@@ -67,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = _with_preset(parser, parser.parse_args(given))
     shape = Shape(
-        options.layers, options.heads, options.head_dim, options.context, DTYPES[options.dtype]
-    )
+        options.layers, options.heads, options.head_dim, options.context, DTYPES[options.dtype],
+        options.qk_norm,
+    )  # fmt: skip
     try:
         attentions = _attentions(options)
         corpus = text.load(options.text, options.context)
@@ -227,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=count, metavar="N", help="training steps of each run")
     add("--learning-rate", type=positive, metavar="X", help="AdamW's peak learning rate")
     add("--dtype", choices=DTYPES, help="type of activations; parameters are always float32")
+    add("--qk-norm", action=argparse.BooleanOptionalAction, default=True,
+        help="normalise the queries and keys of each head; default: yes")  # fmt: skip
     add("--exact", choices=("xla", "cudnn"), help="implementation of jax.nn in the exact run")
     add("--implementation", choices=("cpu", "cuda", "reference"),
         help="implementation of sage_jax; default: the best one for the device")  # fmt: skip

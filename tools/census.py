@@ -41,7 +41,7 @@ BUDGETS = (
     ("key_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("query_terms*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
-    ("combine_splits*", 64, "latency is hidden by warps"),
+    ("combine_splits*", 80, "three blocks of 256 threads a multiprocessor"),
     ("fp4_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("fp4_write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
     ("fp4_reduce", 64, "a block of 1024 threads"),

@@ -106,6 +106,9 @@ inline int soak(const Options& o) {
     // among blocks, all probabilities: two draws of e4m3's rounding error, .026, are sqrt(2) times that apart.
     const bool split = decode_plan(s, p.masks, pv, false).splits > 1;
     const double bound = pv != PvFormat::kE4m3 ? 5e-3 : split ? 4e-2 : 2.5e-2;
+    // The offset of a score is rounded to 0.75 units of its INT8 product, in another way where tiles are longer. The
+    // fewer channels a product has, the larger is a unit: with two, sigma 10, .7% of a probability.
+    const double coarse = s.head_dim < 16 ? 2.0 : 1.0;
     bool good_gradients = true;
     if (gradients) {
       Gradients mine(p, o.seed + 7u), theirs(p, o.seed + 7u);
@@ -126,7 +129,7 @@ inline int soak(const Options& o) {
       // near a rounding boundary differ, each by 6% of itself. Where a softmax is all but one key (sigma 10),
       // that is what is left of a gradient that nearly cancels; 8-bit scores err by far more there (docs/numerics.md).
       // Largest of 700 problems: 1.3e-2 and 5.0e-2.
-      const double limit = sigma > 3.0f ? 1e-1 : 2e-2;
+      const double limit = coarse * (sigma > 3.0f ? 1e-1 : 2e-2);
       good_gradients = std::max({dq.relative, dk.relative, dv.relative}) < limit &&
                        dq.odd + dk.odd + dv.odd == 0;
       worst_gradient = std::max({worst_gradient, dq.relative, dk.relative, dv.relative});
@@ -135,8 +138,8 @@ inline int soak(const Options& o) {
                dq.relative, dk.relative, dv.relative, dq.odd, dk.odd, dv.odd);
       }
     }
-    const bool good = good_gradients && out.relative < bound && lse.relative < 1e-4 && m.relative < 1e-6 &&
-                      l.relative < 5e-3 && out.odd + lse.odd + m.odd + l.odd == 0 && repeats;
+    const bool good = good_gradients && out.relative < bound && lse.relative < 2e-4 && m.relative < 1e-6 &&
+                      l.relative < coarse * 5e-3 && out.odd + lse.odd + m.odd + l.odd == 0 && repeats;
     worst = std::max(worst, out.relative);
     if (!good) {
       ++failures;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/decode.h"
+#include "quantize/rows.cuh"
 #include "sm80/attention_fwd.cuh"
 
 namespace sage::sm80 {
@@ -29,23 +30,24 @@ struct DecodeCall {
   }
 };
 
-template <class Values_, int kHeadDim_>
+// kWarps warps a block; kRing bytes of shared memory for their rings.
+template <class Values_, int kHeadDim_, int kWarps_ = 256 / kHeadDim_, int kRing = 96 * 1024>
 struct DecodeConfig {
   using Values = Values_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = 1;
-  static constexpr int kWarps = kHeadDim == 128 ? 2 : 4;
+  static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = kWarps * kWarpSize;
   using QueryTile = SharedTile<kDecodeRows, kHeadDim>;
   using KeyTile = SharedTile<kTileKeys, kHeadDim>;
   using ValueTile = typename Values::template Tile<kHeadDim>;
   // Every warp has a ring of its own and waits for nobody.
   static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
-  static constexpr int kStages = kWarps * kStageBytes * 3 <= 96 * 1024 ? 3 : 2;
+  static constexpr int kStages = kWarps * kStageBytes * 3 <= kRing ? 3 : 2;
   static constexpr int kWarpBytes = kStages * kStageBytes;
   static constexpr int kQueriesAt = kWarps * kWarpBytes;
   static constexpr size_t kSharedBytes = kQueriesAt + QueryTile::kBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "sm_86, sm_89 and sm_120 offer a block 99 KiB");
+  static_assert(kSharedBytes <= kRing + 3 * 1024, "a ring has two stages at least");
   static_assert(kDecodeRows * kHeadDim * 4 <= kWarpBytes, "a warp's output fits its ring");
 };
 
@@ -105,8 +107,6 @@ __global__ void __launch_bounds__(Config::kThreads) attention_decode(const Decod
                                                 p.q8 + row_at * kHeadDim, kHeadDim, rows_left, lane);
   }
   ptx::cp_async_commit();
-  ptx::cp_async_wait_group<0>();
-  __syncthreads();
   float row_scale[2];
   const auto span_of = [&](int row) {
     return row < rows_left ? mask.keys_of((first_row + row) % shape.queries) : Span(0, -1);
@@ -134,6 +134,8 @@ __global__ void __launch_bounds__(Config::kThreads) attention_decode(const Decod
   };
 #pragma unroll
   for (int i = 0; i + 1 < kStages; ++i) start_copies(first + warp + i * kWarps, i);
+  ptx::cp_async_wait_group<kStages - 1>();  // the queries
+  __syncthreads();
   int stage = 0;
 #pragma unroll 1
   for (int tile = first + warp; tile < end; tile += kWarps) {
@@ -234,53 +236,103 @@ __global__ void __launch_bounds__(Config::kThreads) attention_decode(const Decod
   }
 }
 
-// One block adds the parts of one query row, a thread a channel.
+// One block adds the parts of one query row: a warp some of the parts, a lane some of the channels. Everything that is
+// read from memory is asked for before anything is waited for, because its latency is most of what this takes.
 template <class Config>
-__global__ void __launch_bounds__(Config::kHeadDim) combine_splits(const DecodeCall call) {
+struct CombineConfig {
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+  static constexpr int kChannels = Config::kHeadDim / kWarpSize;  // of a lane
+  static constexpr int kAhead = 4;                                // parts of a warp that are read at once
+};
+
+template <class Config>
+__global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_splits(const DecodeCall call) {
   using Values = typename Config::Values;
-  constexpr int kHeadDim = Config::kHeadDim;
+  using Combine = CombineConfig<Config>;
+  constexpr int kHeadDim = Config::kHeadDim, kWarps = Combine::kWarps, kChannels = Combine::kChannels;
+  __shared__ float parts[kWarps][kHeadDim];
   const AttendParams& p = call.p;
   const AttentionShape& shape = p.shape;
-  const int64_t row = blockIdx.x, part = row * call.plan.splits;
-  const int query = static_cast<int>(row % shape.queries), channel = static_cast<int>(threadIdx.x);
+  const int splits = call.plan.splits;
+  const int64_t row = blockIdx.x, part = row * splits;
+  const int query = static_cast<int>(row % shape.queries);
   const int64_t plane = row / shape.queries;
   const int n = static_cast<int>(plane % shape.heads), b = static_cast<int>(plane / shape.heads);
   const int64_t kv_plane =
       static_cast<int64_t>(b) * shape.kv_heads + n / (shape.heads / shape.kv_heads);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int channel = static_cast<int>(threadIdx.x);
 
-  float m = -INFINITY, l = 0.0f, o = 0.0f;
-#pragma unroll 8
-  for (int i = 0; i < call.plan.splits; ++i) m = fmaxf(m, call.m[part + i]);
-#pragma unroll 8
-  for (int i = 0; i < call.plan.splits; ++i) {
-    const float top = call.m[part + i], weight = top == -INFINITY ? 0.0f : ptx::ex2(top - m);
-    l = fmaf(call.l[part + i], weight, l);
-    o = fmaf(call.out[(part + i) * kHeadDim + channel], weight, o);
+  float ahead[Combine::kAhead][kChannels];
+  const auto read = [&](int i, float (&x)[kChannels]) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      x[c] = i < splits ? call.out[(part + i) * kHeadDim + c * kWarpSize + lane] : 0.0f;
+    }
+  };
+#pragma unroll
+  for (int k = 0; k < Combine::kAhead; ++k) read(warp + k * kWarps, ahead[k]);
+  const int valid = p.masks.bounds[3 * static_cast<int64_t>(b)];
+  const float q_scale = p.q_scale[row], lse_shift = p.lse_shift[row];
+  float v_scale = 0.0f, mean = 0.0f;
+  if (channel < shape.head_dim) {
+    const int64_t scale_at = kv_plane * kHeadDim + channel;
+    v_scale = p.v_scale[scale_at];
+    mean = Values::kFormat == PvFormat::kE4m3 ? p.v_mean[scale_at] : 0.0f;
   }
+
+  // Every warp looks at all maxima and sums: of its own lanes' parts.
+  float m = -INFINITY, l = 0.0f;
+  for (int i = lane; i < splits; i += kWarpSize) m = fmaxf(m, call.m[part + i]);
+  m = lanes_max<kWarpSize>(m);
+  const auto weight_of = [&](int i) {
+    const float top = call.m[part + i];
+    return top == -INFINITY ? 0.0f : ptx::ex2(top - m);
+  };
+  for (int i = lane; i < splits; i += kWarpSize) l = fmaf(call.l[part + i], weight_of(i), l);
+  l = lanes_sum<kWarpSize>(l);
+  float o[kChannels] = {};
+  const auto add = [&](int i, const float (&x)[kChannels]) {
+    const float weight = i < splits ? weight_of(i) : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) o[c] = fmaf(x[c], weight, o[c]);
+  };
+#pragma unroll
+  for (int k = 0; k < Combine::kAhead; ++k) add(warp + k * kWarps, ahead[k]);
+  for (int i = warp + Combine::kAhead * kWarps; i < splits; i += kWarps) {
+    float x[kChannels];
+    read(i, x);
+    add(i, x);
+  }
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) parts[warp][c * kWarpSize + lane] = o[c];
+  __syncthreads();
+  if (channel >= kHeadDim) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += parts[w][channel];
+
   l *= Values::kRowSumScale;
-  if (query >= min(p.masks.bounds[3 * static_cast<int64_t>(b)], shape.queries)) {
+  if (query >= min(valid, shape.queries)) {
     l = 0.0f;
     m = -INFINITY;
-  } else if (l != 0.0f && isnan(p.q_scale[row])) {
+  } else if (l != 0.0f && isnan(q_scale)) {
     l = NAN;
   }
   if (channel == 0) {
     p.l[row] = l;
     p.m[row] = m;
-    p.lse[row] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + p.lse_shift[row];
+    p.lse[row] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + lse_shift;
   }
   if (channel >= shape.head_dim) return;
-  const int64_t scale_at = kv_plane * kHeadDim + channel;
-  const float mean = Values::kFormat == PvFormat::kE4m3 ? p.v_mean[scale_at] : 0.0f;
-  const float x = l == 0.0f ? 0.0f : fmaf(o * (Values::kOutputScale / l), p.v_scale[scale_at], mean);
+  const float x = l == 0.0f ? 0.0f : fmaf(sum * (Values::kOutputScale / l), v_scale, mean);
   const int64_t out_at =
       ((static_cast<int64_t>(b) * shape.queries + query) * shape.heads + n) * shape.head_dim;
   store_one(p.out, p.out_dtype, out_at + channel, x);
 }
 
-template <class Values, int kHeadDim>
+template <class Config>
 const char* launch_split(const AttendParams& params, const DecodePlan& plan, Stream stream) {
-  using Config = DecodeConfig<Values, kHeadDim>;
   const AttentionShape& s = params.shape;
   const DecodeCall call(params, plan);
   const int64_t blocks = static_cast<int64_t>(s.batch) * s.kv_heads * plan.row_tiles * plan.splits;
@@ -289,7 +341,8 @@ const char* launch_split(const AttendParams& params, const DecodePlan& plan, Str
       launch(attention_decode<Config>, dim3(static_cast<unsigned>(blocks)), Config::kThreads,
              Config::kSharedBytes, stream, call);
   if (error != nullptr) return error;
-  return launch(combine_splits<Config>, dim3(static_cast<unsigned>(rows)), kHeadDim, 0, stream, call);
+  return launch(combine_splits<Config>, dim3(static_cast<unsigned>(rows)), CombineConfig<Config>::kThreads, 0, stream,
+                call);
 }
 
 }  // namespace sage::sm80

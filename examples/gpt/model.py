@@ -1,4 +1,4 @@
-"""A byte-level GPT in Flax NNX: pre-norm blocks, RoPE, QK-norm, no biases.
+"""A byte-level GPT in Flax NNX: pre-norm blocks, RoPE, QK-norm if wished, no biases.
 
 The attention function is an argument of the call, not of the model, so one set of parameters can
 run under exact and under 8-bit attention.
@@ -26,6 +26,7 @@ class Shape:
     head_dim: int
     context: int
     dtype: jnp.dtype = jnp.float32  # of the activations; parameters are always float32
+    qk_norm: bool = True  # queries and keys of each head normalised
 
     @property
     def width(self) -> int:
@@ -41,15 +42,17 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.out = (
             nnx.Linear(width, width, use_bias=False, dtype=shape.dtype, rngs=rngs) for _ in range(4)
         )
-        self.query_norm = nnx.RMSNorm(shape.head_dim, dtype=shape.dtype, rngs=rngs)
-        self.key_norm = nnx.RMSNorm(shape.head_dim, dtype=shape.dtype, rngs=rngs)
+        if shape.qk_norm:
+            self.query_norm = nnx.RMSNorm(shape.head_dim, dtype=shape.dtype, rngs=rngs)
+            self.key_norm = nnx.RMSNorm(shape.head_dim, dtype=shape.dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
         """x [B,T,width], positions int32 [T] -> [B,T,width]."""
         split = (*x.shape[:2], self.shape.heads, self.shape.head_dim)
-        query = rotate(self.query_norm(self.query(x).reshape(split)), positions)
-        key = rotate(self.key_norm(self.key(x).reshape(split)), positions)
-        value = self.value(x).reshape(split)
+        query, key, value = (layer(x).reshape(split) for layer in (self.query, self.key, self.value))
+        if self.shape.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, positions), rotate(key, positions)
         return self.out(attend(query, key, value).reshape(x.shape))
 
 

@@ -35,6 +35,7 @@ SOURCES = (
     "sm80/attention_fwd.cu",
     "sm80/attention_fwd_e4m3.cu",
     "sm89/attention_fwd.cu",
+    "sm90/attention_decode.cu",
     "sm90/attention_fwd_mma.cu",
     "sm120/attention_fwd_fp4.cu",
     "sm120/attention_fwd_fp4_emulated.cu",
