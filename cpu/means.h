@@ -38,4 +38,12 @@ inline void store_mean(float* mean, const float* sums, int64_t count, int64_t Hp
   }
 }
 
+constexpr float kSmallMean = 256;  // a mean of V below 1/256 of its largest value is not subtracted
+
+inline void drop_small_means(float* mean, const float* largest, int64_t Hp) {
+  for (int64_t h = 0; h < Hp; ++h) {
+    if (kSmallMean * (mean[h] < 0 ? -mean[h] : mean[h]) < largest[h]) mean[h] = 0;
+  }
+}
+
 }  // namespace sage::SAGE_ISA

@@ -24,6 +24,14 @@ void subtract(float* row, const float* mean, int64_t Hp) {
   for (int64_t h = 0; h < Hp; h += kLanes) store(row + h, loadf(row + h) - loadf(mean + h));
 }
 
+// to = max(to, |x|), channel by channel.
+void raise_to_magnitudes(float* to, const float* x, int64_t Hp) {
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F y = loadf(x + h);
+    store(to + h, max(loadf(to + h), max(y, F{} - y)));
+  }
+}
+
 void multiply(float* x, float factor, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) store(x + i, loadf(x + i) * factor);
 }
@@ -39,6 +47,7 @@ struct Side {  // what a tile knows of K, or of V
   bool smooth;
   float *sums, *amax;     // [B, K, S64, Hp], [B, K, S64]
   float *mean, *tensor;  // [B, K, Hp], [B, K]
+  float* largest;        // of |V|, [B, K, S64, Hp]; null for K
 };
 
 struct Plan {
@@ -94,6 +103,11 @@ void sum_tile(const Plan& plan, int64_t item, float* x) {
   for (const Side& side : plan.sides) {
     if (!side.smooth) continue;
     load_tile(x, plan, at, side, false);
+    if (side.largest) {
+      float* largest = side.largest + item * plan.s.Hp;
+      __builtin_memset(largest, 0, plan.s.Hp * sizeof(float));
+      for (int64_t j = 0; j < kTile; ++j) raise_to_magnitudes(largest, x + j * plan.s.Hp, plan.s.Hp);
+    }
     halving_sum(x, kTile, plan.s.Hp);
     __builtin_memcpy(side.sums + item * plan.s.Hp, x, plan.s.Hp * sizeof(float));
   }
@@ -111,6 +125,10 @@ void find_means(const Plan& plan, int64_t head) {
     float* sums = side.sums + head * s.S64() * s.Hp;
     add_tiles(sums, s.S64(), s.Hp);
     store_mean(mean, sums, count, s.Hp);
+    if (!side.largest) continue;
+    float* largest = side.largest + head * s.S64() * s.Hp;
+    for (int64_t i = 1; i < s.S64(); ++i) raise_to_magnitudes(largest, largest + i * s.Hp, s.Hp);
+    drop_small_means(mean, largest, s.Hp);
   }
 }
 
@@ -277,15 +295,16 @@ void quantize_kv_fp4(const QuantizeKvFp4& p, Pool& pool) {
   const Shape& s = p.shape;
   int64_t heads = s.B * s.K, items = heads * s.S64();
   Scratch shared;
-  auto side = [&](Array from, bool smooth, float* mean, float* tensor) {
+  auto side = [&](Array from, bool smooth, bool values, float* mean, float* tensor) {
     float* sums = shared.take<float>(smooth ? items * s.Hp : 0);
-    return Side{from, smooth, sums, shared.take<float>(items), mean, tensor};
+    float* largest = values && smooth ? shared.take<float>(items * s.Hp) : nullptr;
+    return Side{from, smooth, sums, shared.take<float>(items), mean, tensor, largest};
   };
   Plan plan = {p,
                s,
                shared.take<bool>(heads * s.Sp()),
-               {side(p.k, p.smooth_k, p.k_mean, p.k_tensor),
-                side(p.v, p.smooth_v, p.v_mean, p.v_tensor)}};
+               {side(p.k, p.smooth_k, false, p.k_mean, p.k_tensor),
+                side(p.v, p.smooth_v, true, p.v_mean, p.v_tensor)}};
   auto each_tile = [&](auto body) {
     on_workers(pool, items, [&](Items& work) {
       Scratch scratch;

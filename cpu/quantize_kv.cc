@@ -113,16 +113,24 @@ void finish_head(const Plan& plan, int64_t head) {
   for (int64_t j = 0; j < plan.valid_keys(b); ++j) count += !bad[j];
   finish_mean(p.k_mean + head * Hp, p.smooth_k, plan.k_sums + first, tiles, Hp, count);
   finish_mean(v_mean, p.smooth_v, plan.v_sums + first, tiles, Hp, count);
-  if (p.pv == Pv::int8) return;
-  for (int64_t h = 0; h < Hp; h += kLanes) {
+  float* amax = plan.v_amax + head * Hp;
+  const auto extremes = [&](int64_t h, auto use) {
     F top = splat(-kInfinity), bottom = splat(kInfinity);
-    F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
     for (int64_t tile = 0; tile < tiles; ++tile) {
       top = max(top, loadf(plan.v_max + first + tile * Hp + h));
       bottom = min(bottom, loadf(plan.v_min + first + tile * Hp + h));
     }
+    use(top, bottom);
+  };
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    extremes(h, [&](F top, F bottom) { store(amax + h, max(top, F{} - bottom)); });
+  }
+  drop_small_means(v_mean, amax, Hp);
+  if (p.pv == Pv::int8) return;
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
     // Rounding keeps order: this is the largest of the rounded |v - mean|.
-    store(plan.v_amax + head * Hp + h, max(F{}, max(top - mean, mean - bottom)));
+    extremes(h, [&](F top, F bottom) { store(amax + h, max(F{}, max(top - mean, mean - bottom))); });
   }
   for (int64_t h = 0; h < Hp; ++h) {
     float top = plan.v_amax[head * Hp + h], scale = 1;

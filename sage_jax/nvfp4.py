@@ -86,14 +86,14 @@ def quantize_kv(k, v, bounds, *, fmt, four_or_six, smooth_k, smooth_v) -> FP4Key
     Args:
       k, v: [B, S, K, H], bf16, f16 or f32; bounds: int32 [B, 3].
       fmt: "nvfp4" | "mxfp4" | "amxfp4"; four_or_six: choose each block's maximum; smooth_k, smooth_v: subtract the mean
-        over valid, finite tokens.
+        over valid, finite tokens (of V in channels where it is at least 1/256 of the largest |v|).
     """
     k, v = _heads_first(k), _heads_first(v)
     valid = _valid(bounds[:, 1], k.shape[2])
     finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     used = valid & finite
     k, k_mean = _smoothed(k, used, smooth_k)
-    v, v_mean = _smoothed(v, used, smooth_v)
+    v, v_mean = _smoothed(v, used, smooth_v, qz.without_small)
     k, k_tensor = _tensor_scaled(k)
     v, v_tensor = _tensor_scaled(v)
     turned = jnp.swapaxes(qz.pad_axis(v, 2, TILE), -1, -2)
@@ -151,13 +151,15 @@ def _query_blocks(x):
     return x.reshape(*x.shape[:2], x.shape[2] // Q_TILE, Q_TILE, *x.shape[3:])
 
 
-def _smoothed(x, used, smooth):
-    """(x − mean, mean) over the used tokens of axis -2; unused tokens become zeros, and the mean 0 unless smooth."""
+def _smoothed(x, used, smooth, choose=lambda mean, x: mean):
+    """(x − mean, mean) over the used tokens of axis -2; unused tokens become zeros, and the mean 0 unless smooth, or where
+    choose(mean, x) makes it so.
+    """
     x = jnp.where(used[..., None], x, 0.0)
     if not smooth:
         return x, jnp.zeros_like(x[..., 0, :])
     count = jnp.maximum(jnp.sum(used, axis=-1, dtype=jnp.int32), 1)
-    mean = qz.token_mean(x, count)
+    mean = choose(qz.token_mean(x, count), x)
     return jnp.where(used[..., None], x - mean[..., None, :], 0.0), mean
 
 

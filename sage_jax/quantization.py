@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 TILE = 64  # keys that share an INT8 scale
+SMALL_MEAN = np.float32(256.0)  # see without_small
 TINY = np.float32(2.0**-110)  # groups whose largest magnitude is below this are zero
 PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], np.int32)
 PI_INVERSE = np.argsort(PI).astype(np.int32)  # int32 with and without jax_enable_x64
@@ -118,6 +119,16 @@ def token_mean(x: jax.Array, count: jax.Array) -> jax.Array:
     reciprocal = np.float32(1.0) / count.astype(jnp.float32)
     mean = halving_sum(sums) * reciprocal[..., None]
     return lax.reduce_precision(mean, 8, 7)
+
+
+def without_small(mean: jax.Array, v: jax.Array) -> jax.Array:
+    """`mean` [..., H] of V [..., S, H], 0 in channels where it is below 1/256 of the largest |v|.
+
+    A mean below the spacing of 16-bit values moves few of their 8-bit codes: it would stay in the codes, and be added
+    to the output once more. Over 65536 tokens of normal data that made half of the error of O.
+    """
+    largest = jnp.max(jnp.abs(v), axis=-2, initial=0.0)
+    return jnp.where(SMALL_MEAN * jnp.abs(mean) < largest, 0.0, mean)
 
 
 def transpose_tokens(x: jax.Array) -> jax.Array:

@@ -68,7 +68,8 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
       k, v: [B, S, K, H], bf16, f16 or f32.
       bounds: int32 [B, 3].
       pv: "e4m3" | "f16" | "bf16" | "int8"; v_range: largest |code| of an e4m3 V; smooth_k: subtract K's token mean.
-      smooth_v: subtract V's token mean (SageAttention2, arXiv 2411.10958) from an e4m3 `v_pv` and from `v_dp`.
+      smooth_v: subtract V's token mean (SageAttention2, arXiv 2411.10958) from an e4m3 `v_pv` and from `v_dp`, in channels
+        where it is at least 1/256 of the largest |v|.
       dp: None | "int8" | "bf16": the format in which V is kept for dO·Vᵀ.
     """
     tokens = k.shape[1]
@@ -81,7 +82,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
 
     count = jnp.maximum(jnp.sum(used[..., 0], axis=-1, dtype=jnp.int32), 1)
     mean = lambda x, smooth: qz.token_mean(x, count) if smooth else jnp.zeros_like(x[..., 0, :])  # noqa: E731
-    k_mean, v_mean = mean(k, smooth_k), mean(v, smooth_v)
+    k_mean, v_mean = mean(k, smooth_k), qz.without_small(mean(v, smooth_v), v)
     smoothed = jnp.where(used, k - k_mean[..., None, :], 0.0)
     k_scale, inverse = qz.scale_and_inverse(qz.group_amax(smoothed, 2, TILE), 127.0)
     k8 = qz.int8_codes(smoothed, qz.expand_tiles(inverse, tokens)[..., None])

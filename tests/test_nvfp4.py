@@ -213,6 +213,7 @@ def one_head(q, k, v, numerics, scale):
     zero = np.zeros(q.shape[1], np.float32)
     k_mean = bf16(k.mean(0)) if numerics["smooth_k"] else zero
     v_mean = bf16(v.mean(0)) if numerics["smooth_v"] else zero
+    v_mean = np.where(256 * np.abs(v_mean) < np.abs(v).max(0), 0, v_mean)
 
     def dequantized(x, axis):
         tensor = np.float32(power_of_two_scale(x))

@@ -138,7 +138,8 @@ __global__ void __launch_bounds__(kReduceRows * 32, 1) fp4_reduce(const Quantize
   }
   const float reciprocal = 1.0f / static_cast<float>(max(total, 1));
   const bool smooth = tensor == 0 ? p.smooth_k : p.smooth_v;
-  const float mean = smooth ? bf16_value(bf16_bits(sums[0] * reciprocal)) : 0.0f;
+  float mean = smooth ? bf16_value(bf16_bits(sums[0] * reciprocal)) : 0.0f;
+  if (tensor == 1 && kSmallMean * fabsf(mean) < fmaxf(largest, -smallest)) mean = 0.0f;
   (tensor == 0 ? p.k_mean : p.v_mean)[plane * width + channel] = mean;
   // Rounding keeps order: this is the largest of the rounded |x - mean|.
   in.amax[(tensor * in.planes + plane) * width + channel] =

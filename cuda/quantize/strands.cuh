@@ -213,6 +213,7 @@ struct ChannelStatistics {
     if (of_values ? p.smooth_v : p.smooth_k) {
       mean = bf16_value(bf16_bits(sums[0] * (1.0f / static_cast<float>(max(used, 1)))));
     }
+    if (of_values && kSmallMean * fabsf(mean) < fmaxf(most, -least)) mean = 0.0f;
     // Rounding keeps order: this is the largest of the rounded |v - mean|.
     const float removed = p.pv == PvFormat::kE4m3 ? mean : 0.0f;
     if (of_values) largest = fmaxf(0.0f, fmaxf(most - removed, removed - least));
