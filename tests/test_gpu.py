@@ -193,10 +193,11 @@ def bound_of(recipe, dtype):
 def gradient_bound(recipe, dtype):
     """The same for gradients, whose products are in e4m3 whatever `pv` is.
 
-    Hopper's kernels round the offset of a score (`Line` in sm90/backward_common.cuh), so that some codes come out as
-    the next. That rounding, applied to the specification, moves gradients of the cases by up to 3.7e-3.
+    Hopper's kernels round the offset of a score (`Line` in sm90/backward_common.cuh), and delta is a sum in any order, so
+    that some codes come out as the next. Where that is one code of the largest G, the key's whole gradient moves by 6% of
+    its part: up to 6.6e-3 of all in eight problems like the cases, a tenth of that as a rule.
     """
-    return (5e-3 if recipe.backward == "train8" else 1e-3) + ROUNDING[dtype]
+    return (1e-2 if recipe.backward == "train8" else 1e-3) + ROUNDING[dtype]
 
 
 # ------------------------------------------------------------------------ against the specification
