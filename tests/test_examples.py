@@ -67,6 +67,19 @@ def test_a_tiny_run_writes_table_picture_and_numbers(train_gpt, capsys, tmp_path
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+def test_a_model_without_qk_norm_trains_and_is_read_again(train_gpt, capsys, tmp_path):
+    assert train_gpt.main([*TINY, "--steps", "2", "--no-qk-norm", "--output", str(tmp_path)]) == 0
+    capsys.readouterr()
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    names = runs["train8"]["gradient_error_of_step_1"]
+    assert "blocks.0.attention.query.kernel" in names
+    assert not any("query_norm" in name or "key_norm" in name for name in names)
+
+    from gpt import checkpoint
+
+    assert not checkpoint.load(tmp_path / "model.npz").model.shape.qk_norm
+
+
 def test_equal_seeds_give_equal_batches(train_gpt):
     from gpt import text
 
