@@ -30,7 +30,7 @@ struct Statistics {
 };
 
 template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim) fp4_statistics(const QuantizeKvFp4Params p) {
+__global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_statistics(const QuantizeKvFp4Params p) {
   using Rows = RowBlock<kHeadDim>;
   __shared__ float rows[2][kRowsAtOnce][kHeadDim];
   __shared__ int used_tokens[kRowsAtOnce];

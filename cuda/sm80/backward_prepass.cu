@@ -175,7 +175,6 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
   const BackwardWorkspace& w = p.w;
   const int64_t kv_plane =
       static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
-  const int channel = Rows::channel();
   __shared__ alignas(16) float v_mean[kHeadDim];
   for (int c = static_cast<int>(threadIdx.x); c < 2 * kHeadDim; c += Rows::kThreads) {
     channel_max[c / kHeadDim][c % kHeadDim] = 0;
@@ -191,6 +190,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
 #pragma unroll 1
   for (int first = at.index * kTilesPerBlock * kTile;
        first < min(tiles, (at.index + 1) * kTilesPerBlock) * kTile; first += 16 * kAtOnce) {
+    const int channel = Rows::channel(ptx::opaque(static_cast<int>(threadIdx.x)));  // not kept in a register
     Piece d_out[kAtOnce], out[kAtOnce];
     uint2 q[kAtOnce];
     float l[kAtOnce];
