@@ -29,6 +29,7 @@ struct Statistics {
   }
 };
 
+// One block a multiprocessor is asked for, as ptxas otherwise keeps to 96 registers and spills.
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_statistics(const QuantizeKvFp4Params p) {
   using Rows = RowBlock<kHeadDim>;
