@@ -1,12 +1,11 @@
 """`benchmarks/memory.py` on tiny shapes: what is counted, ratios, the model's step, bad options."""
 
-import collections
 import importlib
 import json
-import re
 import sys
 
 import pytest
+from programs import native_calls
 
 from test_benchmark import ROOT, assert_refused, contenders, measuring
 from test_benchmark import same_code  # noqa: F401  (a fixture of this module too)
@@ -22,15 +21,23 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """(results, exit status) of one run with each kind of checkpoint."""
+    """(results, exit status, texts of the compiled programs) of one run with each kind of checkpoint."""
     folder = tmp_path_factory.mktemp("memory")
     kinds = ["--checkpoint", "none", "blocks", "residuals"]
-    status = memory.main([*TINY, *kinds, "--out", str(folder)])
-    return json.loads((folder / "cpu-memory.json").read_text()), status
+    programs, planned = [], measuring.Planned.of
+
+    def recorded(compiled):
+        programs.append(compiled.as_text())
+        return planned(compiled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring.Planned, "of", recorded)
+        status = memory.main([*TINY, *kinds, "--out", str(folder)])
+    return json.loads((folder / "cpu-memory.json").read_text()), status, programs
 
 
 def test_results_follow_the_schema(tiny):
-    results, status = tiny
+    results, status, _ = tiny
     assert status == 0
     head = ["gpu", "driver", "cuda", "jax", "date", "tree", "tokens", "channels", "head_dim"]
     assert list(results) == [*head, "layers", "peer", "bars", "left_out", "attention", "model"]
@@ -59,27 +66,22 @@ def test_the_peak_is_the_sum_of_the_plan(tiny):
         parts = row["arguments"] + row["results"] + row["temporaries"] - row["aliased"]
         assert row["peak"] == parts
         assert parameters + 4 * 257 <= row["arguments"] < parameters + 4 * 257 + 1024
+    assert rows["residuals", "sage_jax"]["peak"] != rows["blocks", "sage_jax"]["peak"]
     assert rows["blocks", "xla"]["peak_ratio"] == 1
 
 
-@pytest.mark.parametrize("checkpoint, forwards", [("none", 1), ("blocks", 2), ("residuals", 1)])
-def test_blocks_compute_attention_again_and_kept_residuals_spare_it(
-    checkpoint, forwards, monkeypatch
-):
-    """Counted in the compiled program, as XLA's plans at tiny sizes need not become smaller."""
-    programs = []
-    planned = measuring.Planned.of
-
-    def recorded(compiled):
-        programs.append(compiled.as_text())
-        return planned(compiled)
-
-    monkeypatch.setattr(measuring.Planned, "of", recorded)
-    ours = contenders.ours(memory.commandline.recipe("train8"), "cpu")
-    memory.of_model(ours, checkpoint, memory.parse(TINY))
-    calls = collections.Counter(re.findall(r'custom_call_target="(\w+)"', programs.pop()))
-    assert calls["sage_jax_attend"] == calls["sage_jax_quantize_kv"] == 2 * forwards
-    assert calls["sage_jax_attend_backward"] == 2
+def test_blocks_compute_attention_again_and_kept_residuals_spare_it(tiny):
+    """Counted in the compiled programs, as XLA's plans at tiny sizes need not become smaller."""
+    results, _, programs = tiny
+    of_models = programs[len(results["attention"]) :]
+    calls = {
+        row["checkpoint"]: native_calls(text)
+        for row, text in zip(results["model"], of_models, strict=True)
+        if row["impl"] == "sage_jax"
+    }
+    once = dict(attend=2, attend_backward=2, quantize_kv=2, quantize_q=2)  # two layers
+    again = dict(attend=4, attend_backward=2, quantize_kv=4, quantize_q=4)
+    assert calls == {"none": once, "blocks": again, "residuals": once}
 
 
 def test_tables_and_verdicts(capsys, monkeypatch):

@@ -3,7 +3,6 @@ says why it cannot.
 """
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec as P
 from metrics import assert_same_bits, relative_l2
+from programs import native_calls
 
 import sage_jax
 from sage_jax import _compat, _ffi
@@ -153,9 +153,7 @@ def test_jacrev():
 
 def compiled_calls(f, *args):
     """How often the compiled program runs each native operation."""
-    text = jax.jit(f).lower(*args).compile().as_text()
-    called = re.findall(r'custom_call_target="sage_jax_(\w+)"', text)
-    return {name: called.count(name) for name in sorted(set(called))}
+    return native_calls(jax.jit(f).lower(*args).compile().as_text())
 
 
 def traced_calls(f, *args):
