@@ -119,7 +119,7 @@ struct Softmax {
       int best = max(s[32 * h + 2 * r], s[32 * h + 2 * r + 1]);
 #pragma unroll
       for (int n = 1; n < 8; ++n) best = max(max(best, s[32 * h + 4 * n + 2 * r]), s[32 * h + 4 * n + 2 * r + 1]);
-      const float x = accumulated(best + kMagicBits) * multiplier[h][r];
+      const float x = accumulated(best + Config::kScoreOffset) * multiplier[h][r];
       top[r] = h == 0 ? x : fmaxf(top[r], x);
     }
 #pragma unroll

@@ -140,6 +140,24 @@ struct Mask {
     end = (high + tile - 1) / tile;
   }
 
+  // Tiles of kMaskTile keys, [first, end), of which view(query, rows, .) is kAll for all that bounds and window
+  // say; none where segments or a dense mask have a say.
+  __device__ void whole_tiles(int query, int rows, int& first, int& end) const {
+    const int last = min(query + rows, queries) - 1;
+    first = end = 0;
+    if (!spans_only() || query > last) return;
+    first = (max(0, last + offset - left) + kMaskTile - 1) / kMaskTile;
+    end = max(0, min(keys, query + offset + right + 1)) / kMaskTile;
+  }
+
+  // Tiles of kMaskTile queries, [first, end), of which view(., kMaskTile, key) is kAll in the same way.
+  __device__ void whole_query_tiles(int key, int& first, int& end) const {
+    first = end = 0;
+    if (!spans_only() || key + kMaskTile > keys) return;
+    first = (max(0, key + kMaskTile - 1 - offset - right) + kMaskTile - 1) / kMaskTile;
+    end = max(0, min(queries, key - offset + left + 1)) / kMaskTile;
+  }
+
   // Tiles of `tile` queries, [first, end), that bounds and window leave to keys [begin, end).
   __device__ void query_tiles(int key_begin, int key_end, int tile, int& first, int& end) const {
     key_end = min(key_end, keys);

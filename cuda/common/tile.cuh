@@ -52,6 +52,25 @@ struct SharedTile {
     }
   }
 
+  // The same where each row begins right behind the one before.
+  template <int kThreads>
+  static __device__ __forceinline__ void copy_run(uint32_t tile, const void* global, int valid_rows,
+                                                  int thread = threadIdx.x) {
+    static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0,
+                  "a thread copies the same column of every row it meets, every thread as many");
+    constexpr int kRowsAtOnce = kThreads / kChunks;
+    const int first = thread / kChunks, chunk = thread % kChunks;
+    const auto* const source = static_cast<const unsigned char*>(global) + thread * kChunkBytes;
+    const uint32_t target = tile + offset(first, chunk);
+    const int valid = valid_rows - first;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kRowsAtOnce) {
+      const int moved = kRowsAtOnce % 8 == 0 ? row * kRowBytes
+                                             : offset(first + row, chunk) - offset(first, chunk);
+      ptx::cp_async_16(target + moved, source + row * kRowBytes, row < valid);
+    }
+  }
+
   // The address of chunk `c` of row `r`, moved down by 8·n rows and right by `chunk` chunks, where
   // `chunk` and `c` share no bit. Written so that all loads of a tile share one register that
   // depends on the lane: the twist and `chunk` are both exclusive-or, and `tile` leaves their bits

@@ -47,6 +47,15 @@ __device__ __forceinline__ uint32_t cvt_f16x2_e4m3x2(uint16_t pair) {
   return r;
 }
 
+// Four codes, the lowest byte first. Taken apart by the move, not by a shift, the upper half costs ptxas no
+// instruction.
+__device__ __forceinline__ void cvt_f16x4_e4m3x4(uint32_t (&halves)[2], uint32_t codes) {
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2;"
+      " cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(halves[0]), "=r"(halves[1])
+      : "r"(codes));
+}
+
 // Four at once, the first argument in the lowest byte; on architectures without the instruction bit
 // by bit. Saturates at ±448.
 __device__ __forceinline__ uint32_t cvt_e4m3x4_f32(float x0, float x1, float x2, float x3) {

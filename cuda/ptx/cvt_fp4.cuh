@@ -29,8 +29,10 @@ __device__ __forceinline__ uint32_t cvt_e2m1x8_f32(const float (&x)[8]) {
 // The lowest byte first. Exact.
 __device__ __forceinline__ void cvt_f32_e4m3x4(float (&x)[4], uint32_t codes) {
 #if __CUDA_ARCH__ >= 890
-  cvt_f32_f16x2(x[0], x[1], cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes)));
-  cvt_f32_f16x2(x[2], x[3], cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes >> 16)));
+  uint32_t halves[2];
+  cvt_f16x4_e4m3x4(halves, codes);
+  cvt_f32_f16x2(x[0], x[1], halves[0]);
+  cvt_f32_f16x2(x[2], x[3], halves[1]);
 #else
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[i] = e4m3_value(static_cast<uint8_t>(codes >> (8 * i)));

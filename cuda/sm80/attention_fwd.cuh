@@ -72,6 +72,13 @@ struct BlockState {
   }
 };
 
+// The same for a warp.
+template <int kWarpRows>
+struct WarpState {
+  int whole, whole_end;  // tiles of keys that bounds and window leave whole: nobody asks about masks there
+  float row_scales[kWarpRows];
+};
+
 // ---------------------------------------------------------------------------------- tile constants
 
 template <class Values_, int kHeadDim_>
@@ -89,7 +96,7 @@ struct ForwardConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   // 16-row tiles of a warp: two halve the traffic from shared memory per product, but the output
   // accumulators (kChannels / 2 registers each) must leave room for everything else.
-  static constexpr int kRowTiles = kHeadDim == 64 ? 2 : 1;
+  static constexpr int kRowTiles = kHeadDim == 64 || (kHeadDim == 128 && Values::kTwoRowTiles) ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
   // A tile takes thousands of clocks, a copy hundreds: one tile ahead is enough where shared memory
@@ -105,13 +112,14 @@ struct ForwardConfig {
 
   // ------------------------------------------------------------------------------ shared-memory
   // map kStages × { K tile [64 keys][kHeadDim] s8 | V tile of kChannels, as Values wants it }
-  // | Q tile [kRows][kHeadDim] s8 | BlockState
+  // | Q tile [kRows][kHeadDim] s8 | kWarps × WarpState | BlockState
   using QueryTile = SharedTile<kRows, kHeadDim>;
   using KeyTile = SharedTile<kTileKeys, kHeadDim>;
   using ValueTile = typename Values::template Tile<kChannels>;
   static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
   static constexpr int kQueriesAt = kStages * kStageBytes;
-  static constexpr int kStateAt = kQueriesAt + QueryTile::kBytes;
+  static constexpr int kWarpStatesAt = kQueriesAt + QueryTile::kBytes;
+  static constexpr int kStateAt = kWarpStatesAt + kWarps * static_cast<int>(sizeof(WarpState<kWarpRows>));
   static constexpr size_t kSharedBytes = kStateAt + sizeof(BlockState);
   static_assert(kSharedBytes <= 99 * 1024, "sm_86, sm_89 and sm_120 offer a block 99 KiB");
 };
@@ -174,9 +182,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   Config::QueryTile::template copy<Config::kThreads>(
       ring + Config::kQueriesAt, p.q8 + (query_rows + block.row) * kHeadDim, kHeadDim,
       shape.queries - block.row);  // belongs to the first group of copies
+  auto& warp = reinterpret_cast<WarpState<Config::kWarpRows>*>(
+      ptx::dynamic_shared() + Config::kWarpStatesAt)[threadIdx.x / kWarpSize];
+  if constexpr (kRowTiles == 2) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, row = warp_row + lane;
+    warp.row_scales[lane] = (row < shape.queries ? p.q_scale[query_rows + row] : 0.0f) * (p.scale * kLog2E);
+    if (lane == 0) block.mask.whole_tiles(warp_row, Config::kWarpRows, warp.whole, warp.whole_end);
+  }
   float row_scale[kRowTiles][2];
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i) {
+  for (int i = 0; i < (kRowTiles == 1 ? 2 : 0); ++i) {
     const int row = warp_row + g + 8 * i;
     const float scale = row < shape.queries ? p.q_scale[query_rows + row] : 0.0f;
     row_scale[i / 2][i % 2] = scale * (p.scale * kLog2E);
@@ -202,10 +217,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       const int filled = step < 0 ? step + kAhead : (stage == 0 ? kAhead : stage - 1);
       const uint32_t at = ring + filled * Config::kStageBytes;
       const int key = next * kTileKeys;
-      Config::KeyTile::template copy<Config::kThreads>(
-          at, block.keys + static_cast<int64_t>(key) * kHeadDim, kHeadDim, shape.keys - key);
+      // Registers: of two row tiles nothing that follows from the thread's number is kept between tiles.
+      const int thread = kRowTiles == 2 ? ptx::opaque(threadIdx.x) : static_cast<int>(threadIdx.x);
+      const int8_t* const keys = block.keys + static_cast<int64_t>(key) * kHeadDim;
+      if constexpr (kRowTiles == 2) {
+        Config::KeyTile::template copy_run<Config::kThreads>(at, keys, shape.keys - key, thread);
+      } else {
+        Config::KeyTile::template copy<Config::kThreads>(at, keys, kHeadDim, shape.keys - key);
+      }
       Values::template copy<kChannels, Config::kThreads>(at + Config::KeyTile::kBytes, block.values,
-                                                         key, shape.keys);
+                                                         key, shape.keys, thread);
     }
     ptx::cp_async_commit();  // empty groups too: the count of groups stays that of tiles
     queue[kAhead] = next;
@@ -227,7 +248,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     const bool has_bad_keys = key_scale < 0.0f;
     const float value_scale =
         Values::kTileMaximum ? block.value_scales[tile] * (1.0f / 127.0f) : 1.0f;
-    const TileView view = block.mask.view(warp_row, Config::kWarpRows, key);
+    const TileView view = kRowTiles == 2 && tile >= warp.whole && tile < warp.whole_end
+                              ? TileView::kAll
+                              : block.mask.view(warp_row, Config::kWarpRows, key);
     if (view == TileView::kNothing) continue;  // for this warp only: others may see keys
 
     int s[kRowTiles][kKeyGroups][4];
@@ -248,7 +271,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       row_maximum(s[r], best);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        multiplier[c] = score_multiplier(row_scale[r][c], tile_scale);
+        multiplier[c] = score_multiplier(kRowTiles == 1 ? row_scale[r][c] : warp.row_scales[16 * r + 8 * c + g], tile_scale);
         top[c] = accumulated(best[c]) * multiplier[c];
       }
       if (rows.raise_maximum(top, shrink)) {

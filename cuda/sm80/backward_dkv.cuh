@@ -43,7 +43,8 @@ struct KeyBlock {
 struct KeyPlan {
   KeyBlock block;
   KeyScales scales;
-  int first, end;  // query tiles
+  int first, end;        // query tiles
+  int whole, whole_end;  // those of which every pair counts, by bounds and window
   int group;       // query heads
 };
 
@@ -132,13 +133,11 @@ __device__ __forceinline__ void load_scores_operands(const BackwardCall& p, int 
   const int64_t row = static_cast<int64_t>(plane) * p.shape.queries + tile * kTile;
   const int64_t padded_row =
       (static_cast<int64_t>(plane) * tiles_of(p.shape.queries) + tile) * kTile;
-  Config::QueryTile::template copy<kBackwardThreads>(shared + Config::kQueriesAt,
-                                                     p.q8 + row * kHeadDim, kHeadDim,
-                                                     p.shape.queries - tile * kTile, thread);
-  Config::GradientTile::template copy<kBackwardThreads>(
+  Config::QueryTile::template copy_run<kBackwardThreads>(
+      shared + Config::kQueriesAt, p.q8 + row * kHeadDim, p.shape.queries - tile * kTile, thread);
+  Config::GradientTile::template copy_run<kBackwardThreads>(
       shared + Config::kGradientsAt,
-      static_cast<const unsigned char*>(p.w.d_out) + padded_row * kGradientBytes, kGradientBytes,
-      kTile, thread);
+      static_cast<const unsigned char*>(p.w.d_out) + padded_row * kGradientBytes, kTile, thread);
   if (thread < kTile) {
     ptx::cp_async_16(shared + Config::kTermsAt + thread * sizeof(QueryTerms),
                      p.w.terms + padded_row + thread, true);
@@ -192,6 +191,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     plan.group = group;
     plan.scales = KeyScales::load<Dp>(p, block.kv_plane, block.first / kTile);
     mask_of(0).query_tiles(block.first, block.first + kBlockRows, kTile, plan.first, plan.end);
+    mask_of(0).whole_query_tiles(block.first, plan.whole, plan.whole_end);
   }
   __syncthreads();
   // The next tile in which some key of the block is seen. Every head's first tile counts as one.
@@ -234,7 +234,9 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     }
 
     const int query = at.tile * kTile;
-    const TileView view = mask_of(at.head).view(query, kTile, plan.block.first);
+    const TileView view = at.tile >= plan.whole && at.tile < plan.whole_end
+                              ? TileView::kAll
+                              : mask_of(at.head).view(query, kTile, plan.block.first);
     const bool works =
         view != TileView::kNothing && plan.block.first + warp * kWarpRows < s.keys;
     typename Recipe::Operand probabilities, gradients;

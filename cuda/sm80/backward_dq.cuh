@@ -46,7 +46,8 @@ struct QueryBlock {
 // What the loop needs now and then: in shared memory, because registers are dear.
 struct QueryPlan {
   QueryBlock block;
-  int first, end;  // key tiles
+  int first, end;        // key tiles
+  int whole, whole_end;  // those of which every pair counts, by bounds and window
 };
 
 // ---------------------------------------------------------------------------------- tile constants
@@ -135,18 +136,22 @@ struct KeyWalk {
     return tile;
   }
 
+  __device__ __forceinline__ TileView view(int tile) const {
+    if (tile >= plan.whole && tile < plan.whole_end) return TileView::kAll;
+    return mask.view(plan.block.first, kBlockRows, tile * kTile);
+  }
+
   __device__ __forceinline__ void load(int tile, int stage) const {
     const uint32_t at = ring + stage * Config::kStageBytes;
     const int key = tile * kTile;
     const int64_t row = static_cast<int64_t>(plan.block.kv_plane) * p.shape.keys + key;
     constexpr int kValueBytes = Config::kHeadDim * Config::Dp::kBytes;
     const int thread = ptx::opaque(threadIdx.x);
-    Config::KeyTile::template copy<kBackwardThreads>(at, p.k8 + row * Config::kHeadDim,
-                                                     Config::kHeadDim, p.shape.keys - key, thread);
-    Config::ValueTile::template copy<kBackwardThreads>(
+    Config::KeyTile::template copy_run<kBackwardThreads>(at, p.k8 + row * Config::kHeadDim,
+                                                         p.shape.keys - key, thread);
+    Config::ValueTile::template copy_run<kBackwardThreads>(
         at + Config::KeyTile::kBytes,
-        static_cast<const unsigned char*>(p.v_dp) + row * kValueBytes, kValueBytes,
-        p.shape.keys - key, thread);
+        static_cast<const unsigned char*>(p.v_dp) + row * kValueBytes, p.shape.keys - key, thread);
   }
 };
 
@@ -191,6 +196,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     plan.block = own;
     mask = Mask(p.shape, p.masks, p.w.masks, own.batch, own.head);
     mask.key_tiles(own.first, own.first + kBlockRows, kTile, plan.first, plan.end);
+    mask.whole_tiles(own.first, kBlockRows, plan.whole, plan.whole_end);
   }
   __syncthreads();
   const QueryBlock& block = plan.block;
@@ -224,7 +230,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
 
     const KeyScales now = KeyScales::load<Dp>(p, block.kv_plane, tile);
     const uint32_t keys_at = shared_at + Config::kRingAt + stage * Config::kStageBytes;
-    const TileView view = mask.view(block.first, kBlockRows, key);
+    const TileView view = walk.view(tile);
     const bool works = view != TileView::kNothing && block.first + warp_row < block.queries;
     typename Recipe::Operand operand;
     float tile_scale = 1.0f;
@@ -340,6 +346,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     plan.block = own;
     mask = Mask(p.shape, p.masks, p.w.masks, own.batch, own.head);
     mask.key_tiles(own.first, own.first + kBlockRows, kTile, plan.first, plan.end);
+    mask.whole_tiles(own.first, kBlockRows, plan.whole, plan.whole_end);
   }
   __syncthreads();
   const QueryBlock& block = plan.block;
@@ -365,7 +372,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     const int key = tile * kTile;
     const KeyScales scales = KeyScales::load<Dp>(p, block.kv_plane, tile);
     const int stage_at = Config::kRingAt + stage * Config::kStageBytes;
-    const TileView view = mask.view(block.first, kBlockRows, key);
+    const TileView view = walk.view(tile);
     if (view != TileView::kNothing && block.first + warp_row < block.queries) {
       uint32_t seen = kAllSeen;
       if (view == TileView::kSome || scales.any_bad) {

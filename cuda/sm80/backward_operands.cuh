@@ -107,19 +107,19 @@ struct E4m3Unpacked {
   static __device__ __forceinline__ void prepare(uint32_t (&half)[4], const Operand& a, int u) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const uint32_t codes = a.r[u / 2][u % 2 * 2 + row];
-      half[row] = ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
-      half[2 + row] = ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes >> 16));
+      uint32_t pair[2];
+      ptx::cvt_f16x4_e4m3x4(pair, a.r[u / 2][u % 2 * 2 + row]);
+      half[row] = pair[0];
+      half[2 + row] = pair[1];
     }
   }
 
   // sum += a · b for the 16 tokens of a group and 8 columns.
   static __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4],
                                                       uint32_t b) {
-    ptx::mma_m16n8k16_f32_f16(sum, a,
-                              {ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(b)),
-                               ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(b >> 16))},
-                              sum);
+    uint32_t halves[2];
+    ptx::cvt_f16x4_e4m3x4(halves, b);
+    ptx::mma_m16n8k16_f32_f16(sum, a, halves, sum);
   }
 };
 

@@ -1,7 +1,7 @@
 // The product P·V of one 16 × 64 tile of probabilities per row tile, in the formats that sm_80
 // knows. Each struct says how V lies in shared memory, how accumulators become A operands (without
-// shuffles: docs/kernels/sm80_forward.md), how a tile's product enters the output, and how many
-// output channels a block may have without spilling registers (kMaxChannels).
+// shuffles: docs/kernels/sm80_forward.md), how a tile's product enters the output, and what fits the
+// registers: a block's output channels (kMaxChannels), two row tiles a warp at 128 of them (kTwoRowTiles).
 #pragma once
 
 #include "common/params.h"
@@ -48,6 +48,7 @@ struct TransposedValues {
 // V as [64 keys][channels] of 16 bits.
 struct NaturalValues {
   static constexpr int kMaxChannels = 256;
+  static constexpr bool kTwoRowTiles = true;
   template <int kHeadDim>
   using Tile = SharedTile<kTileKeys, 2 * kHeadDim>;
 
@@ -58,8 +59,7 @@ struct NaturalValues {
   template <int kHeadDim, int kThreads>
   static __device__ __forceinline__ void copy(uint32_t shared, const unsigned char* plane, int key,
                                               int keys, int thread = threadIdx.x) {
-    Tile<kHeadDim>::template copy<kThreads>(shared, plane + plane_bytes(kHeadDim, key),
-                                            2 * kHeadDim, keys - key, thread);
+    Tile<kHeadDim>::template copy_run<kThreads>(shared, plane + plane_bytes(kHeadDim, key), keys - key, thread);
   }
 };
 
@@ -90,6 +90,7 @@ struct E4m3ThroughHalf : TransposedValues {
   static constexpr bool kF16Accumulate = kHalfAccumulators;
   static constexpr bool kTileMaximum = false;
   static constexpr int kMaxChannels = kHalfAccumulators ? 128 : 256;
+  static constexpr bool kTwoRowTiles = !kHalfAccumulators;
   static constexpr float kExponentBias = 8.0f;    // E·256
   static constexpr float kRowSumScale = 0x1p-8f;  // what undoes it in l
   static constexpr float kOutputScale = 0x1p-8f / Conversions::kValueScale;
@@ -110,7 +111,7 @@ struct E4m3ThroughHalf : TransposedValues {
 #pragma unroll
     for (int n = 0; n < kChannels / 8; ++n) {
       // Without a stop, ptxas starts so many loads and conversions early that registers spill.
-      if ((kChannels == 256 || kHalfAccumulators) && n % 2 == 0) __syncwarp();
+      if ((kChannels >= 128 || kHalfAccumulators) && n % 2 == 0) __syncwarp();
       uint32_t codes[4], b[4][2];
       Tile<kChannels>::load_b8(codes, tile, 8 * n, 0);
 #pragma unroll
@@ -211,6 +212,7 @@ struct Int8 : TransposedValues {
   static constexpr bool kF16Accumulate = false;
   static constexpr bool kTileMaximum = true;
   static constexpr int kMaxChannels = 128;
+  static constexpr bool kTwoRowTiles = false;
   static constexpr float kExponentBias = 0.0f;
   static constexpr float kRowSumScale = 1.0f;
   static constexpr float kOutputScale = 1.0f;

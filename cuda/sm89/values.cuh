@@ -12,6 +12,7 @@ struct NativeE4m3 : sm80::TransposedValues {
   static constexpr bool kF16Accumulate = kHalfAccumulators;
   static constexpr bool kTileMaximum = false;
   static constexpr int kMaxChannels = kHalfAccumulators ? 128 : 256;
+  static constexpr bool kTwoRowTiles = false;
   static constexpr float kExponentBias = 8.0f;    // E·256
   static constexpr float kRowSumScale = 0x1p-8f;  // what undoes it in l
   static constexpr float kOutputScale = 0x1p-8f;

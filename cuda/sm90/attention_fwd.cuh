@@ -63,13 +63,14 @@ class Consumer {
     if constexpr (Config::kBuffers == 1) Turns<Config::kGroups>::begin(group_);
     ptx::mbarrier_wait(base_ + Config::slot_full(0), 0);
     begin_rows();
+    prime_scores();
     issue_scores(0);
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(s_);
     while (true) {
       if (flags_ & (kHide << group_)) {
         const Slot& slot = Config::slots(shared_)[slot_];
-        hide<kHeadDim>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4,
+        hide<Config>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4,
                        Config::notes(shared_)[stage_].key, flags_ & kBadKeys,
                        shared_ + Config::keys(stage_), l_);
       }
@@ -142,6 +143,7 @@ class Consumer {
     Values::template multiply<Config>(
         o_, p0_, units_ + (Config::kValuesAt + stage_ * Config::kValueBytes) / 16, summed_ != 0);
     ptx::wgmma_commit_group();
+    prime_scores();
     summed_ += Config::kKeys;
     ended_ = flags_ & kEnds;
     wait_for_tile();
@@ -219,7 +221,7 @@ class Consumer {
         for (int n = 1; n < 8; ++n) {
           best = max(max(best, s_[32 * h + 4 * n + 2 * r]), s_[32 * h + 4 * n + 2 * r + 1]);
         }
-        const float x = accumulated(best + kMagicBits) * multiplier[h][r];
+        const float x = accumulated(best + Config::kScoreOffset) * multiplier[h][r];
         top[r] = h == 0 ? x : fmaxf(top[r], x);
       }
       top[r] = quad_max(top[r]);
@@ -237,6 +239,14 @@ class Consumer {
     exponentials<Config>(s_, multiplier, shift, zero_, l_, p);
   }
 
+  __device__ __forceinline__ void prime_scores() {
+    if constexpr (Config::kPrimed) {
+#pragma unroll
+      for (int& score : s_) score = kMagicBits;
+      ptx::keep_in_registers(s_);
+    }
+  }
+
   // Q·Kᵀ of this warpgroup's rows.
   __device__ __forceinline__ void issue_scores(int slot) {
     constexpr int kRow = kHeadDim;  // bytes
@@ -246,7 +256,8 @@ class Consumer {
 #pragma unroll
     for (int step = 0; step < kHeadDim / 32; ++step) {
       ptx::wgmma_m64k32_s32_s8(s_, ptx::shared_operand<kRow, 0, 8 * kRow>(a + 2 * step),
-                               ptx::shared_operand<kRow, 0, 8 * kRow>(b + 2 * step), step > 0);
+                               ptx::shared_operand<kRow, 0, 8 * kRow>(b + 2 * step),
+                               Config::kPrimed || step > 0);
     }
     ptx::wgmma_commit_group();
   }

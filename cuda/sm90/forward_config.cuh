@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/params.h"
+#include "common/scale.cuh"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
 
@@ -17,6 +18,10 @@ struct ForwardConfig {
   // latencies, and then one buffer of probabilities is enough.
   static constexpr int kGroups = kHeadDim == 64 && Values::kElementBytes == 1 ? 3 : 2;
   static constexpr int kBuffers = kGroups == 3 ? 1 : 2;
+  // Accumulators of scores start at the bits of common/scale.cuh where a warpgroup has nothing to do but wait
+  // before they are needed; else at zero, and the bits are added to each score.
+  static constexpr bool kPrimed = kBuffers == 1;
+  static constexpr int kScoreOffset = kPrimed ? 0 : kMagicBits;
   static constexpr bool kValuesLag = kBuffers == 2;  // a tile's values come with the next tile's keys
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);

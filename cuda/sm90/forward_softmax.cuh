@@ -1,8 +1,8 @@
 // From INT8 scores in wgmma accumulators to probabilities: masks, exponentials, sums.
 //
 // Lane 4g + t of a warp holds in s[4n], s[4n + 1] the scores of row g and keys 8n + 2t, 8n + 2t + 1, in
-// s[4n + 2], s[4n + 3] those of row g + 8. They are plain integers here, without the offset of
-// common/scale.cuh: wgmma starts from zero.
+// s[4n + 2], s[4n + 3] those of row g + 8, as integers that Config::kScoreOffset turns into the
+// accumulators of common/scale.cuh.
 #pragma once
 
 #include "common/mask.cuh"
@@ -12,31 +12,30 @@
 
 namespace sage::sm90 {
 
-inline constexpr int kHidden = static_cast<int>(0xff800000u - 0x4b400000u);  // + kMagicBits: -inf
-
-// Replaces the scores that do not count by kHidden, and poisons the rows that see a bad key.
+// Replaces the scores that do not count by -inf, and poisons the rows that see a bad key.
 // `query` is the row of s[4n], s[4n + 1]; that of s[4n + 2], s[4n + 3] is query + 8.
-template <int kHeadDim, int kScores>
-__device__ __forceinline__ void hide(int (&s)[kScores], const Mask& mask, int query, int key,
+template <class Config>
+__device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask, int query, int key,
                                      bool bad_keys, const unsigned char* tile, float (&l)[2]) {
+  constexpr int kHidden = static_cast<int>(static_cast<uint32_t>(kNoScore) - Config::kScoreOffset);
   const int t = static_cast<int>(threadIdx.x) % 4;
   if (!bad_keys && mask.spans_only()) {
     const Span seen[2] = {mask.keys_of(query), mask.keys_of(query + 8)};
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
+    for (int i = 0; i < Config::kScores; ++i) {
       s[i] = seen[i >> 1 & 1].contains(key + 2 * t + i / 4 * 8 + (i & 1)) ? s[i] : kHidden;
     }
     return;
   }
 #pragma unroll
-  for (int part = 0; part < kScores; part += 32) {
+  for (int part = 0; part < Config::kScores; part += 32) {
     uint32_t seen = 0, bad = 0;
 #pragma unroll 1
     for (int i = 31; i >= 0; --i) {
       const int within = (part + i) / 4 * 8 + 2 * t + (i & 1), r = i >> 1 & 1;
       bool counts = mask.visible(query + 8 * r, key + within);
       if (counts && bad_keys) {
-        const auto code = static_cast<int8_t>(tile[SharedTile<8, kHeadDim>::offset(within, 0)]);
+        const auto code = static_cast<int8_t>(tile[SharedTile<8, Config::kHeadDim>::offset(within, 0)]);
         counts = code != kBadCode;
         bad |= counts ? 0u : 1u << r;
       }
@@ -67,7 +66,7 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
   float x[2][kChunk], e[2][kChunk] = {}, sum[2][2] = {};
   const auto argue = [&](int c) {
     const int h = c * 16 / kTileKeys;
-    const int offset = c > 1 && kAhead > 0 ? __float_as_int(fmaf(e[c & 1][0], zero, kMagic)) : kMagicBits;
+    const int offset = c > 1 && kAhead > 0 ? __float_as_int(fmaf(e[c & 1][0], zero, kMagic)) : Config::kScoreOffset;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int r = i >> 1 & 1;

@@ -14,8 +14,7 @@ struct HardwareConversions {
   }
 
   static __device__ __forceinline__ void widen(uint32_t (&b)[2], uint32_t codes) {
-    b[0] = ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
-    b[1] = ptx::cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes >> 16));
+    ptx::cvt_f16x4_e4m3x4(b, codes);
   }
 };
 

@@ -36,6 +36,11 @@ inline uint32_t cvt_f16x2_e4m3x2(uint16_t pair) {
                        e4m3_value(static_cast<uint8_t>(pair >> 8)));
 }
 
+inline void cvt_f16x4_e4m3x4(uint32_t (&halves)[2], uint32_t codes) {
+  halves[0] = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
+  halves[1] = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes >> 16));
+}
+
 inline uint32_t cvt_e4m3x4_f32(float x0, float x1, float x2, float x3) {
   return cvt_e4m3x2_f32(x0, x1) | static_cast<uint32_t>(cvt_e4m3x2_f32(x2, x3)) << 16;
 }
