@@ -234,7 +234,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     }
 
     const int query = at.tile * kTile;
-    const TileView view = at.tile >= plan.whole && at.tile < plan.whole_end
+    // Not at head dimension 256: on sm_120 two words would spill.
+    const TileView view = kHeadDim < 256 && at.tile >= plan.whole && at.tile < plan.whole_end
                               ? TileView::kAll
                               : mask_of(at.head).view(query, kTile, plan.block.first);
     const bool works =

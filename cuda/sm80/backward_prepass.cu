@@ -16,13 +16,14 @@
 #include "quantize/rows.cuh"
 #include "sm80/backward.h"
 #include "sm80/backward_workspace.h"
+#include "sm80/prepass_operands.cuh"
 
 namespace sage {
 namespace {
 
-constexpr int kTile = 64;           // tokens at once
-constexpr int kPerThread = kTile / 16;
-constexpr int kTilesPerBlock = 4;   // of the launches that take maxima: each ends in atomics
+using namespace prepass;
+
+constexpr int kTilesPerBlock = 4;  // of the launches that take maxima: each ends in atomics
 constexpr int kClearThreads = 256;
 constexpr float kSmallestR = 0x1p-100f;  // below, 1/r could overflow: such rows carry no gradient
 
@@ -36,18 +37,6 @@ inline constexpr bool kRegistersSuffice = false;
 template <int kHeadDim, class Piece>
 inline constexpr int kTermsBlocks =
     kRegistersSuffice && sizeof(Piece) == 16 && kHeadDim < 256 ? 384 / kHeadDim : 1;
-
-// Block `block` of a launch with one for each head and `count` places. Heads come first: blocks at work
-// at the same time read whole rows of memory.
-struct Place {
-  int index, head, batch;
-  int64_t plane;
-  __device__ Place(int block, int count, int heads)
-      : index(block / heads % count),
-        head(block % heads),
-        batch(block / heads / count),
-        plane(static_cast<int64_t>(batch) * heads + head) {}
-};
 
 // The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory.
 template <int kHeadDim>
@@ -73,18 +62,6 @@ __device__ __forceinline__ float norm(const float (&x)[kChannels], float largest
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) sum = fmaf(x[c] * inverse, x[c] * inverse, sum);
   return largest * sqrtf(lanes_sum<kLanes>(sum));
-}
-
-// Eight INT8 codes as floats.
-__device__ __forceinline__ void unpack_codes(float (&x)[kChannels], uint2 codes) {
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    x[c] = static_cast<float>(static_cast<int8_t>((c < 4 ? codes.x : codes.y) >> (8 * (c % 4))));
-  }
-}
-
-__device__ __forceinline__ uint2 load_codes(const int8_t* codes) {
-  return *reinterpret_cast<const uint2*>(codes);
 }
 
 // ------------------------------------------------------------------------------------------- maxima
@@ -176,32 +153,44 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
   const int64_t kv_plane =
       static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
   __shared__ alignas(16) float v_mean[kHeadDim];
+  // What is known of each query, read at once: one after the other, in the loop, these loads were half of the time.
+  struct alignas(16) Known {
+    float l, m, dlse, q_scale;
+  };
+  constexpr int kTokens = kTilesPerBlock * kTile;
+  __shared__ Known known[kTokens];
+  const int first_query = at.index * kTokens;
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens; i += Rows::kThreads) {
+    const int64_t row = at.plane * s.queries + first_query + i;
+    known[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (first_query + i < s.queries) known[i] = {p.l[row], p.m[row], p.dlse[row], p.q_scale[row]};
+  }
   for (int c = static_cast<int>(threadIdx.x); c < 2 * kHeadDim; c += Rows::kThreads) {
     channel_max[c / kHeadDim][c % kHeadDim] = 0;
     if (c < kHeadDim) v_mean[c] = p.v_mean[kv_plane * kHeadDim + c];
   }
+  __shared__ float norm_factor, v_norm;  // registers are full
+  if (threadIdx.x == 0) {
+    norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
+    v_norm = kTrain8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
+  }
   __syncthreads();
 
-  const float v_norm = kTrain8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
-  const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
   const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
   const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
   float x_max[kChannels] = {}, y_max[kChannels] = {};
 #pragma unroll 1
-  for (int first = at.index * kTilesPerBlock * kTile;
-       first < min(tiles, (at.index + 1) * kTilesPerBlock) * kTile; first += 16 * kAtOnce) {
+  for (int first = first_query; first < min(tiles * kTile, first_query + kTokens);
+       first += 16 * kAtOnce) {
     const int channel = Rows::channel(ptx::opaque(static_cast<int>(threadIdx.x)));  // not kept in a register
     Piece d_out[kAtOnce], out[kAtOnce];
     uint2 q[kAtOnce];
-    float l[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int query = first + Rows::row() + 16 * i;
       const int64_t row = at.plane * s.queries + query;
-      l[i] = 0.0f;
       q[i] = make_uint2(0, 0);
       if (query >= s.queries) continue;
-      l[i] = p.l[row];
       d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
       out[i].load(p.out, p.out_dtype, head_at + query * stride, channel, s.head_dim);
       q[i] = load_codes(p.q8 + row * kHeadDim + channel);
@@ -210,11 +199,10 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
     for (int i = 0; i < kAtOnce; ++i) {
       if (i > 0 && !ptx::always(s.queries, i)) continue;  // one after the other: fewer registers
       const int query = first + Rows::row() + 16 * i;
-      const int64_t row = at.plane * s.queries + query;
       const int64_t padded_row = at.plane * tiles * kTile + query;
-      const bool inside = query < s.queries;
-      const bool live = l[i] != 0.0f;  // a NaN is live: it must reach the gradients
-      const float dlse = live ? p.dlse[row] : 0.0f;
+      const Known& row = known[query - first_query];
+      const bool live = row.l != 0.0f;  // a NaN is live: it must reach the gradients
+      const float dlse = live ? row.dlse : 0.0f;
       float x[kChannels], o[kChannels], mean[kChannels], dot = 0.0f;
       d_out[i].unpack(x);
       out[i].unpack(o);
@@ -227,21 +215,20 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
       dot = lanes_sum<kLanes>(dot);
       const float largest = lanes_max<kLanes>(largest_magnitude(x));
       const float length = norm<kLanes>(x, largest);
-      const float q_scale = inside ? p.q_scale[row] : 0.0f;
       const float delta = (p.exact_delta ? 0.0f : dot) - dlse;
       // One NaN or Inf in dO, O, Q or a key that this query sees: all it contributes is NaN.
-      const bool sound = is_finite(length + dot + l[i] + q_scale + dlse);
+      const bool sound = is_finite(length + dot + row.l + row.q_scale + dlse);
       const float poison = sound ? 0.0f : NAN;
-      const float inverse_l = live && sound ? 1.0f / l[i] : 0.0f;
+      const float inverse_l = live && sound ? 1.0f / row.l : 0.0f;
 
-      QueryTerms terms = {q_scale * (p.scale * kLog2E), 0.0f, inverse_l, -delta * inverse_l};
+      QueryTerms terms = {row.q_scale * (p.scale * kLog2E), 0.0f, inverse_l, -delta * inverse_l};
       float row_factor = p.scale;
       GroupScale codes = {1.0f, 1.0f};
       if (kTrain8) {
         if (p.dp == DpFormat::kInt8) codes = group_scale(sound ? largest : 0.0f, 127.0f);
         const float r = norm_factor * length * v_norm + fabsf(dlse);
         const float inverse_r = r > kSmallestR ? 1.0f / r : 0.0f;
-        const float y_factor = sound ? q_scale * (r * inverse_l) : 0.0f;
+        const float y_factor = sound ? row.q_scale * (r * inverse_l) : 0.0f;
         terms.gain = codes.scale * inverse_r;
         terms.offset = -delta * inverse_r;
         row_factor = p.scale * (1.0f / 256.0f) * (r * inverse_l);
@@ -259,7 +246,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
         terms = {0.0f, -INFINITY, 0.0f, 0.0f};
         row_factor = 0.0f;
       } else {
-        terms.shift = (kTrain8 ? 8.0f : 0.0f) - p.m[row] + poison;
+        terms.shift = (kTrain8 ? 8.0f : 0.0f) - row.m + poison;
         row_factor += poison;
         if (!sound) terms.score = terms.gain = terms.offset = 0.0f;
       }
@@ -281,176 +268,6 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
   if (!kTrain8) return;
   store_maxima<kHeadDim>(channel_max[0], x_max, w.x_max + kv_plane * kHeadDim);
   store_maxima<kHeadDim>(channel_max[1], y_max, w.y_max + kv_plane * kHeadDim);
-}
-
-// ------------------------------------------------------------------------------------------ operands
-
-// The thread's four tokens of a tile: those that `pi` stores as one word of a channel (docs/abi.md,
-// "Rounding"): 2q, 2q + 1, 8 + 2q, 9 + 2q of a group of 16.
-template <class Rows>
-__device__ __forceinline__ int permuted_token(int i) {
-  return Rows::row() / 4 * 16 + Rows::row() % 4 * 2 + i % 2 + i / 2 * 8;
-}
-
-// The scales' inverses of a thread's e4m3 channels.
-__device__ __forceinline__ void load_inverses(float (&inverse)[kChannels], const uint32_t* maxima) {
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) inverse[c] = group_scale(bits_float(maxima[c]), 448.0f).inverse;
-}
-
-// One tile of x, y or z: values in y[token][channel], to be multiplied by the channel's factor.
-template <int kHeadDim, bool kTrain8>
-__device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged,
-                                              const float (&y)[kPerThread][kChannels],
-                                              const float (&factor)[kChannels], uint8_t* out,
-                                              int64_t tokens) {
-  using Rows = RowBlock<kHeadDim>;
-  __syncthreads();  // what was staged before has been read
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    uint32_t word = 0;
-    if (kTrain8) {
-      word = ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], factor[c]), __fmul_rn(y[1][c], factor[c]),
-                                 __fmul_rn(y[2][c], factor[c]), __fmul_rn(y[3][c], factor[c]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        word |= static_cast<uint32_t>(static_cast<uint8_t>(int8_code(y[i][c], factor[c]))) << (8 * i);
-      }
-    }
-    staged.word(Rows::channel() + c, Rows::row()) = word;
-  }
-  __syncthreads();
-  staged.store(out, tokens);
-}
-
-// x and y of one tile of 64 queries.
-template <int kHeadDim, class Piece, bool kTrain8>
-__device__ void query_operands(const BackwardCall& p, const Place& at,
-                               TransposedTile<kHeadDim>& staged) {
-  using Rows = RowBlock<kHeadDim>;
-  __shared__ float scratch[2][Rows::kThreads / kWarpSize];
-  const BackwardWorkspace& w = p.w;
-  const AttentionShape& s = p.shape;
-  const int tiles = tiles_of(s.queries), first = at.index * kTile, channel = Rows::channel();
-  const int64_t kv_plane =
-      static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
-  const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
-  const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
-
-  // All loads are under way before the first is used. x leaves before y begins: fewer registers, more blocks.
-  Piece d_out[kPerThread];
-  uint2 q[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int query = first + permuted_token<Rows>(i);
-    q[i] = make_uint2(0, 0);
-    if (query >= s.queries) continue;
-    d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
-    q[i] = load_codes(p.q8 + (at.plane * s.queries + query) * kHeadDim + channel);
-  }
-  // What x and y of a query are multiplied with; 0: it is dead (its shift is −inf) or poisoned (NaN), and its
-  // codes are zeros.
-  __shared__ float x_factor[kTile], y_factor[kTile];
-  const int thread = static_cast<int>(threadIdx.x), query = first + thread;
-  float q_scale = 0.0f;
-  if (thread < kTile) {
-    x_factor[thread] = y_factor[thread] = 0.0f;
-    const int64_t row = at.plane * s.queries + query;
-    const int64_t padded_row = at.plane * tiles * kTile + query;
-    if (query < s.queries && is_finite(w.terms[padded_row].shift)) {
-      q_scale = p.q_scale[row];
-      x_factor[thread] = kTrain8 ? 1.0f / p.l[row] : 1.0f;
-      y_factor[thread] =
-          kTrain8 ? q_scale * (w.row_factor[padded_row] / (p.scale * (1.0f / 256.0f))) : 1.0f;
-    }
-  }
-  float x[kPerThread][kChannels], inverse[kChannels];
-  __syncthreads();
-  if (kTrain8) load_inverses(inverse, w.x_max + kv_plane * kHeadDim + channel);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float factor = x_factor[permuted_token<Rows>(i)];
-    d_out[i].unpack(x[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i][c] = factor == 0.0f ? 0.0f : x[i][c] * factor;
-  }
-  if (!kTrain8) {  // dO as one INT8 group; Q's codes, which share a scale, as they are
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
-    const GroupScale codes = group_scale(block_max<Rows::kThreads>(largest, scratch[0]), 127.0f);
-    q_scale = block_max<Rows::kThreads>(q_scale, scratch[1]);
-    if (thread == 0) w.scales[at.plane * tiles + at.index] = {codes.scale, q_scale};
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) inverse[c] = codes.inverse;
-  }
-  const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-  // Behind ptx::opaque: addresses wait in no register for their turn.
-  const auto place = [&] { return at.plane * kHeadDim * tokens + ptx::opaque(first); };
-  store_operand<kHeadDim, kTrain8>(staged, x, inverse, w.x + place(), tokens);
-
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) inverse[c] = 1.0f;
-  if (kTrain8) load_inverses(inverse, w.y_max + kv_plane * kHeadDim + channel);
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float factor = y_factor[permuted_token<Rows>(i)];
-    unpack_codes(x[i], q[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i][c] *= factor;
-  }
-  store_operand<kHeadDim, kTrain8>(staged, x, inverse, w.y + place(), tokens);
-}
-
-// z of one tile of 64 keys.
-template <int kHeadDim, bool kTrain8>
-__device__ void key_operands(const BackwardCall& p, const Place& at,
-                             TransposedTile<kHeadDim>& staged) {
-  using Rows = RowBlock<kHeadDim>;
-  const AttentionShape& s = p.shape;
-  const int tiles = tiles_of(s.keys), first = at.index * kTile, channel = Rows::channel();
-  const float k_scale = kTrain8 ? fabsf(p.k_scale[at.plane * tiles + at.index]) : 1.0f;
-  uint2 k[kPerThread];
-  int8_t first_code[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int key = first + permuted_token<Rows>(i);
-    const int64_t row = (at.plane * s.keys + key) * kHeadDim;
-    k[i] = make_uint2(0, 0);
-    first_code[i] = 0;
-    if (key >= s.keys) continue;
-    k[i] = load_codes(p.k8 + row + channel);
-    first_code[i] = p.k8[row];
-  }
-  float z[kPerThread][kChannels], inverse[kChannels];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    unpack_codes(z[i], k[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) z[i][c] *= first_code[i] == kBadCode ? 0.0f : k_scale;
-  }
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) inverse[c] = 1.0f;
-  if (kTrain8) load_inverses(inverse, p.w.z_max + at.plane * kHeadDim + channel);
-  const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-  store_operand<kHeadDim, kTrain8>(staged, z, inverse, p.w.z + at.plane * kHeadDim * tokens + first,
-                          tokens);
-}
-
-// Blocks below `query_blocks` make x and y, the others z.
-template <int kHeadDim, class Piece, bool kTrain8>
-__global__ void __launch_bounds__(2 * kHeadDim, kHeadDim == 256 ? 1 : 384 / kHeadDim)
-    gradient_operands(const BackwardCall p) {
-  __shared__ TransposedTile<kHeadDim> staged;
-  const AttentionShape& s = p.shape;
-  const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
-  const int query_blocks = q_tiles * s.heads * s.batch, block = static_cast<int>(blockIdx.x);
-  if (block < query_blocks) {
-    query_operands<kHeadDim, Piece, kTrain8>(p, Place(block, q_tiles, s.heads), staged);
-  } else {
-    key_operands<kHeadDim, kTrain8>(p, Place(block - query_blocks, kv_tiles, s.kv_heads), staged);
-  }
 }
 
 template <int kHeadDim, class Piece>
