@@ -35,7 +35,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   // --------------------------------------------------------------------------- shared-memory map
   // K [128][kHeadDim] | V [128][kHeadDim] | kStages × { Q | dO [64][kHeadDim], terms [64] }
   //   | kStages × { x | y [kHeadDim][64] } | float32 sums of dK and dV of each warp | notes
-  //   | queue of notes | mask | barriers
+  //   | queue of notes | mask | whether a key is bad | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
@@ -49,7 +49,8 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kNotesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;
   static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
-  static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
+  static constexpr int kBadAt = kMaskAt + static_cast<int>(sizeof(Mask));
+  static constexpr int kBarriersAt = kBadAt + 8;
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + 1);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0,
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
@@ -58,6 +59,15 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
   static __device__ int sums_empty(int stage) { return scores_full(stage) + 24 * kStages; }
   static constexpr int kRowsFull = kBarriersAt + 32 * kStages;
+};
+
+// What block `block` computes. Blocks of one head follow each other; the first keys come first, because under a causal
+// mask the most queries see them.
+template <class Config>
+struct DkvPlace {
+  int kv_plane, key;
+  __device__ __forceinline__ DkvPlace(const DkvCall& call, int block)
+      : kv_plane(block / call.key_blocks), key(block % call.key_blocks * Config::kRows) {}
 };
 
 // ------------------------------------------------------------------------------------------ roles
@@ -92,14 +102,6 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
   const uint32_t base = ptx::shared_address(shared);
   const BackwardCall& p = call.p;
   const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
-  const int64_t padded = static_cast<int64_t>(tiles_of(p.shape.queries)) * kTileQueries;
-  if (threadIdx.x == 0) {
-    const uint32_t full = base + Config::kRowsFull;
-    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
-    ptx::cp_async_bulk_tensor_3d(base, &call.k, full, 0, key, kv_plane);
-    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, full, 0, key, kv_plane);
-  }
-
   uint32_t count = 0;  // tiles so far
   int head = 0;
   const auto emit = [&](const TileNote& note) {
@@ -118,6 +120,7 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
       return;
     }
     const int query = note.key * kGradientTile, plane = kv_plane * call.group_heads + head;
+    const int64_t padded = static_cast<int64_t>(tiles_of(ptx::opaque(p.shape.queries))) * kTileQueries;
     ptx::mbarrier_arrive_expect_tx(scores_full, Config::kScoresBytes);
     ptx::cp_async_bulk_tensor_3d(scores, &call.q, scores_full, 0, query, plane);
     ptx::cp_async_bulk_tensor_3d(scores + Config::kTileBytes, &call.d_out, scores_full, 0, query,
@@ -133,17 +136,15 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
 #pragma unroll 1
   for (head = 0; head < call.group_heads; ++head) {
     int first, end;
-    mask.query_tiles(key, key + Config::kRows, kGradientTile, first, end);
+    mask.query_tiles(key, ptx::opaque(key) + Config::kRows, kGradientTile, first, end);
     // For every 32 tiles anew, behind ptx::opaque: remembered, it would be spilled.
     const auto look = [&](TileNote& note) {
-      const MaskOffsets offsets(p, ptx::opaque(head));
-      const bool bad = bad_keys<Config>(p, ptx::opaque(kv_plane), ptx::opaque(key));
       bool visible = false;
-      note.flags = bad ? Config::kBadKeys | Config::kHideAll : 0;
+      note.flags = *reinterpret_cast<const uint32_t*>(shared + Config::kBadAt);
 #pragma unroll 1
       for (int group = 0; group < Config::kGroups; ++group) {
         const TileView view = mask.view(note.key * kGradientTile, kGradientTile, key + 64 * group,
-                                        offsets.state);
+                                        MaskOffsets(p, ptx::opaque(head)).state);
         visible = visible || view != TileView::kNothing;
         if (view != TileView::kAll) note.flags |= Config::kHide << group;
       }
@@ -180,16 +181,16 @@ __device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOff
 }
 
 template <class Config>
-__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group,
-                                            int kv_plane, int key) {
+__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   const uint32_t base = ptx::shared_address(shared), units = base / 16;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
   const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
   unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * 2 * Config::kWarpBytes;
-  const int tiles = tiles_of(p.shape.keys), tile_index = key / kTileKeys + group;
-  const int64_t scale_at = static_cast<int64_t>(kv_plane) * tiles + tile_index;
+  const DkvPlace<Config> place(call, ptx::opaque(blockIdx.x));
+  const int tiles = tiles_of(p.shape.keys), tile_index = place.key / kTileKeys + group;
+  const int64_t scale_at = static_cast<int64_t>(place.kv_plane) * tiles + tile_index;
   const float k_scale = tile_index < tiles ? fabsf(p.k_scale[scale_at]) : 0.0f;
   const float v_scale = tile_index < tiles ? p.v_dp_scale[scale_at] : 0.0f;
 
@@ -253,7 +254,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       const unsigned char* const codes = shared;  // of the block's keys
       const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
       const uint32_t seen = seen_by_keys<Config>(
-          mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))), key + warp_row + g,
+          mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))),
+          DkvPlace<Config>(call, ptx::opaque(blockIdx.x)).key + warp_row + g,
           from_lane_0(note.key) * kGradientTile, codes + Rows::offset(warp_row + g, 0),
           codes + Rows::offset(warp_row + g + 8, 0));
       hide_codes(p_operand, seen);
@@ -276,10 +278,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
   // --------------------------------------------------------------------------------------- epilogue
   const AttentionShape& shape = p.shape;
-  const int b = kv_plane / shape.kv_heads, head = kv_plane % shape.kv_heads;
+  const DkvPlace<Config> now(call, ptx::opaque(blockIdx.x));
+  const int b = now.kv_plane / shape.kv_heads, head = now.kv_plane % shape.kv_heads;
+  const int first_row = now.key + 64 * group + ptx::opaque(threadIdx.x) / kWarpSize % 4 * 16;
   const int64_t first =
-      ((static_cast<int64_t>(b) * shape.keys + key + warp_row) * shape.kv_heads + head) *
-      shape.head_dim;
+      ((static_cast<int64_t>(b) * shape.keys + first_row) * shape.kv_heads + head) * shape.head_dim;
   const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const uint32_t* maxima,
                           float factor, void* out, Dtype dtype) {
     collect(sums, x, count > 0, count > kExactTiles);
@@ -288,9 +291,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
       const int channel = i / 4 * 8 + first_channel + (i & 1);
-      x[i] *= factor * channel_scale(maxima, static_cast<int64_t>(kv_plane) * kHeadDim + channel);
+      x[i] *= factor * channel_scale(maxima, static_cast<int64_t>(now.kv_plane) * kHeadDim + channel);
     }
-    store_rows<kHeadDim>(sums, x, out, dtype, first, shape.keys - key - warp_row,
+    store_rows<kHeadDim>(sums, x, out, dtype, first, shape.keys - first_row,
                          static_cast<int64_t>(shape.kv_heads) * shape.head_dim, shape.head_dim);
   };
   finish(dk, region, p.w.y_max, p.scale * (1.0f / 256.0f), p.dk, p.dk_dtype);
@@ -299,22 +302,23 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
 // ------------------------------------------------------------------------------------------ kernel
 
+// A block of those that compute dK and dV, which come first in the launch. Its place is found again behind
+// ptx::opaque: the loader leaves few registers to what is remembered.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    backward_dkv(const __grid_constant__ DkvCall call) {
-  extern __shared__ __align__(1024) unsigned char tiles_first[];
-  unsigned char* const shared = tiles_first;
+__device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* shared) {
   const uint32_t base = ptx::shared_address(shared);
-  const AttentionShape& shape = call.p.shape;
-  // Blocks of one head follow each other; the first keys come first, because under a causal mask the
-  // most queries see them.
-  const int block = static_cast<int>(blockIdx.x), kv_plane = block / call.key_blocks;
-  const int key = block % call.key_blocks * Config::kRows;
-  const int b = kv_plane / shape.kv_heads;
-  const int n = kv_plane % shape.kv_heads * (shape.heads / shape.kv_heads);
-  if (threadIdx.x == 0) {
+  // Memory is far away: K and V, the mask's bounds and the scales are asked for at the same time.
+  if (threadIdx.x == kWarpSize) {
+    const AttentionShape& shape = call.p.shape;
+    const int plane = DkvPlace<Config>(call, ptx::opaque(blockIdx.x)).kv_plane;
     *reinterpret_cast<Mask*>(shared + Config::kMaskAt) =
-        Mask(shape, call.p.masks, call.p.w.masks, b, n);
+        Mask(shape, call.p.masks, call.p.w.masks, plane / shape.kv_heads,
+             plane % shape.kv_heads * (shape.heads / shape.kv_heads));
+  } else if (threadIdx.x == 2 * kWarpSize) {
+    const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
+    *reinterpret_cast<uint32_t*>(shared + Config::kBadAt) =
+        bad_keys<Config>(call.p, at.kv_plane, at.key) ? Config::kBadKeys | Config::kHideAll : 0u;
+  } else if (threadIdx.x == 0) {
     ptx::mbarrier_init(base + Config::kRowsFull, 1);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::scores_full(i), 1);
@@ -323,27 +327,36 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       ptx::mbarrier_init(base + Config::sums_empty(i), 4 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();
+    ptx::fence_proxy_async_shared();
+    const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
+    const uint32_t full = base + Config::kRowsFull;
+    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
+    ptx::cp_async_bulk_tensor_3d(base, &call.k, full, 0, at.key, at.kv_plane);
+    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, full, 0, at.key, at.kv_plane);
   }
   __syncthreads();
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared, kv_plane, key);
+    const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
+    if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared, at.kv_plane, at.key);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    compute_dkv<Config>(call, shared, group - 1, kv_plane, key);
+    compute_dkv<Config>(call, shared, group - 1);
   }
 }
 
+// Completes a call, which takes `blocks` blocks.
 template <class Config>
-const char* launch_dkv(const BackwardCall& p, Stream stream) {
+const char* plan_dkv(DkvCall& call, int64_t& blocks) {
+  const BackwardCall& p = call.p;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& s = p.shape;
   const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
   const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
   const int64_t padded = static_cast<int64_t>(tiles_of(s.queries)) * 64;
-  DkvCall call = {p, {}, {}, {}, {}, {}, {}, (s.keys + Config::kRows - 1) / Config::kRows,
-                  s.heads / s.kv_heads};
+  call.key_blocks = (s.keys + Config::kRows - 1) / Config::kRows;
+  call.group_heads = s.heads / s.kv_heads;
   const char* error = nullptr;
   const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {
     if (error == nullptr) error = encode_tensor_map(to, spec);
@@ -354,9 +367,8 @@ const char* launch_dkv(const BackwardCall& p, Stream stream) {
   map(call.d_out, {p.w.d_out, 1, kHeadDim, padded, planes, kHeadDim, kGradientTile});
   map(call.x, {p.w.x, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
-  if (error != nullptr) return error;
-  return launch(backward_dkv<Config>, dim3(static_cast<unsigned>(kv_planes * call.key_blocks)),
-                Config::kThreads, Config::kSharedBytes, stream, call);
+  blocks = kv_planes * call.key_blocks;
+  return error;
 }
 
 }  // namespace sage::sm90

@@ -55,19 +55,12 @@ struct DqConfig : DqBlock<kHeadDim_> {
 // ------------------------------------------------------------------------------------------ roles
 
 template <class Config>
-__device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* shared, int plane,
-                                          int kv_plane, int row) {
+__device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* shared, int kv_plane, int row) {
   const uint32_t base = ptx::shared_address(shared);
   const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
   const int keys = call.p.shape.keys;
   const float* const k_scale = call.p.k_scale + static_cast<int64_t>(kv_plane) * tiles_of(keys);
   const float* const v_scale = call.p.v_dp_scale + static_cast<int64_t>(kv_plane) * tiles_of(keys);
-  if (threadIdx.x == 0) {
-    const uint32_t full = base + Config::kRowsFull;
-    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
-    ptx::cp_async_bulk_tensor_3d(base, &call.q, full, 0, row, plane);
-    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.d_out, full, 0, row, plane);
-  }
   int stage = 0;
   uint32_t phase = 0;
   const auto emit = [&](const TileNote& note) {
@@ -236,49 +229,69 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
 
 // ------------------------------------------------------------------------------------------ kernel
 
+// What block `block` computes. Blocks of one head follow each other, so that its keys stay in L2; the last rows
+// come first, because under a causal mask they see the most keys.
 template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    backward_dq(const __grid_constant__ DqCall call) {
-  extern __shared__ __align__(1024) unsigned char tiles_first[];
-  unsigned char* const shared = tiles_first;
+struct DqPlace {
+  int plane, row, b, n, kv_plane;
+  __device__ __forceinline__ DqPlace(const DqCall& call, int block) {
+    const AttentionShape& shape = call.p.shape;
+    plane = block / call.row_blocks;
+    row = (call.row_blocks - 1 - block % call.row_blocks) * Config::kRows;
+    b = plane / shape.heads;
+    n = plane % shape.heads;
+    kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
+  }
+};
+
+// Block `block` of those that compute dQ. Its place is found again behind ptx::opaque: the loader leaves few registers
+// to what is remembered.
+template <class Config>
+__device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shared, int block) {
   const uint32_t base = ptx::shared_address(shared);
-  const AttentionShape& shape = call.p.shape;
-  // Blocks of one head follow each other, so that its keys stay in L2; the last rows come first,
-  // because under a causal mask they see the most keys.
-  const int block = static_cast<int>(blockIdx.x), plane = block / call.row_blocks;
-  const int row = (call.row_blocks - 1 - block % call.row_blocks) * Config::kRows;
-  const int b = plane / shape.heads, n = plane % shape.heads;
-  const int kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
-  if (threadIdx.x == 0) {
+  // Memory is far away: Q and dO and the mask's bounds are asked for at the same time.
+  if (threadIdx.x == kWarpSize) {
+    const DqPlace<Config> at(call, ptx::opaque(block));
     *reinterpret_cast<Mask*>(shared + Config::kMaskAt) =
-        Mask(shape, call.p.masks, call.p.w.masks, b, n);
+        Mask(call.p.shape, call.p.masks, call.p.w.masks, at.b, at.n);
+  } else if (threadIdx.x == 0) {
     ptx::mbarrier_init(base + Config::kRowsFull, 1);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::full(i), 1);
       ptx::mbarrier_init(base + Config::empty(i), 4 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();
+    ptx::fence_proxy_async_shared();
+    const DqPlace<Config> at(call, ptx::opaque(block));
+    const uint32_t full = base + Config::kRowsFull;
+    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
+    ptx::cp_async_bulk_tensor_3d(base, &call.q, full, 0, at.row, at.plane);
+    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.d_out, full, 0, at.row, at.plane);
   }
   __syncthreads();
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared, plane, kv_plane, row);
+    const DqPlace<Config> at(call, ptx::opaque(block));
+    if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared, at.kv_plane, at.row);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    compute_dq<Config>(call, shared, group - 1, plane, kv_plane, b, n, row);
+    const DqPlace<Config> at(call, ptx::opaque(block));
+    compute_dq<Config>(call, shared, group - 1, at.plane, at.kv_plane, at.b, at.n, at.row);
   }
 }
 
+// Completes a call, which takes `blocks` blocks.
 template <class Config>
-const char* launch_dq(const BackwardCall& p, Stream stream) {
+const char* plan_dq(DqCall& call, int64_t& blocks) {
+  const BackwardCall& p = call.p;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& s = p.shape;
   const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
   const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
   const int64_t padded_queries = static_cast<int64_t>(tiles_of(s.queries)) * 64;
   const int64_t padded_keys = static_cast<int64_t>(tiles_of(s.keys)) * 64;
-  DqCall call = {p, {}, {}, {}, {}, {}, (s.queries + Config::kRows - 1) / Config::kRows};
+  call.row_blocks = (s.queries + Config::kRows - 1) / Config::kRows;
   const char* error = nullptr;
   const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {
     if (error == nullptr) error = encode_tensor_map(to, spec);
@@ -288,9 +301,8 @@ const char* launch_dq(const BackwardCall& p, Stream stream) {
   map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
-  if (error != nullptr) return error;
-  return launch(backward_dq<Config>, dim3(static_cast<unsigned>(planes * call.row_blocks)),
-                Config::kThreads, Config::kSharedBytes, stream, call);
+  blocks = planes * call.row_blocks;
+  return error;
 }
 
 }  // namespace sage::sm90

@@ -5,17 +5,54 @@
 #include "sm80/backward.h"
 
 namespace sage {
-namespace {
+namespace sm90 {
 
-template <int kHeadDim>
-const char* gradients(const BackwardCall& p, Stream stream) {
-  const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
-  if (error == nullptr) error = sm90::launch_dkv<sm90::DkvConfig<kHeadDim>>(p, stream);
-  if (error == nullptr) error = sm90::launch_dq<sm90::DqConfig<kHeadDim>>(p, stream);
-  return error;
+// The blocks for dK and dV, which take longer, and then those for dQ: one launch, so that no multiprocessor waits
+// between them for the last of the first.
+template <int kHeadDim_>
+struct GradientsConfig {
+  using Dkv = DkvConfig<kHeadDim_>;
+  using Dq = DqConfig<kHeadDim_>;
+  static_assert(Dkv::kThreads == Dq::kThreads, "they share a launch");
+  static constexpr int kThreads = Dkv::kThreads;
+  static constexpr size_t kSharedBytes =
+      Dkv::kSharedBytes > Dq::kSharedBytes ? Dkv::kSharedBytes : Dq::kSharedBytes;
+};
+
+struct GradientsCall {
+  DkvCall dkv;
+  DqCall dq;
+  int dkv_blocks;
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_gradients(const __grid_constant__ GradientsCall call) {
+  extern __shared__ __align__(1024) unsigned char tiles_first[];
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < call.dkv_blocks) {
+    dkv_block<typename Config::Dkv>(call.dkv, tiles_first);
+  } else {
+    dq_block<typename Config::Dq>(call.dq, tiles_first, block - call.dkv_blocks);
+  }
 }
 
-}  // namespace
+template <class Config>
+const char* launch_gradients(const BackwardCall& p, Stream stream) {
+  GradientsCall call = {{p}, {p}, 0};
+  int64_t dkv_blocks = 0, dq_blocks = 0;
+  const char* error = plan_dkv<typename Config::Dkv>(call.dkv, dkv_blocks);
+  if (error == nullptr) error = plan_dq<typename Config::Dq>(call.dq, dq_blocks);
+  if (error != nullptr) return error;
+  if (dkv_blocks + dq_blocks > INT32_MAX) {
+    return "sage_jax: batch · heads · length needs more than 2^31 blocks; split the batch.";
+  }
+  call.dkv_blocks = static_cast<int>(dkv_blocks);
+  return launch(backward_gradients<Config>, dim3(static_cast<unsigned>(dkv_blocks + dq_blocks)),
+                Config::kThreads, Config::kSharedBytes, stream, call);
+}
+
+}  // namespace sm90
 
 const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   const bool empty = p.shape.batch == 0 || p.shape.heads == 0 || p.shape.queries == 0 ||
@@ -23,7 +60,10 @@ const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   if (p.portable || empty || p.dp != DpFormat::kInt8 || p.shape.padded_dim > 128) {
     return train8_gradients_sm90_mma(p, stream);
   }
-  return p.shape.padded_dim == 64 ? gradients<64>(p, stream) : gradients<128>(p, stream);
+  const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
+  if (error != nullptr) return error;
+  return p.shape.padded_dim == 64 ? sm90::launch_gradients<sm90::GradientsConfig<64>>(p, stream)
+                                  : sm90::launch_gradients<sm90::GradientsConfig<128>>(p, stream);
 }
 
 }  // namespace sage
