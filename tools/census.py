@@ -122,7 +122,7 @@ def short_name(mangled: str) -> str:
             parts.append(mangled[at:end])
             at = end
         enum = enum or bool(match["enum"])
-    scopes = ("sage", "sm80", "sm89", "sm90", "sm120", "AttentionShape")
+    scopes = ("sage", "sm80", "sm89", "sm90", "sm120", "prepass", "AttentionShape")
     skip = lambda part: part in scopes or part.startswith("_") or part.endswith(("Call", "Params"))  # noqa: E731
     parts = [p for p in parts if not skip(p)] or [mangled]
     return f"{parts[0]}<{' '.join(parts[1:])}>" if parts[1:] else parts[0]
