@@ -11,19 +11,38 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 
+// What P·V multiplies. Of e4m3 numbers, bf16 numbers and INT8 codes, bf16 products are exact; f16
+// has more bits.
+template <Pv kPv>
+constexpr bool kPaired = kBf16Products && kPv != Pv::f16;
+template <bool kPairs>
+struct FactorOf {
+  typedef float Type;
+};
+template <>
+struct FactorOf<true> {
+  typedef Pair Type;
+};
+template <Pv kPv>
+using Factor = typename FactorOf<kPaired<kPv>>::Type;
+template <Pv kPv>
+constexpr int64_t kDepth = kPaired<kPv> ? kTile / 2 : kTile;
+static_assert(!kBf16Products || kLanes == 16, "values are paired as 16 lanes pair probabilities");
+
 struct Worker {
   const Attend& p;
   const Shape& s;
   Scratch memory;
-  int16_t* q = memory.take<int16_t>(kBlock * s.Hp);
-  float* sums = memory.take<float>(kBlock * s.Hp);      // Σ p v, relative to m
-  int32_t* k = memory.take<int32_t>(kTile * s.Hp / 2);  // packed tile of keys
-  float* v = memory.take<float>(kTile * s.Hp);          // panel matrix [64, Hp]
-  float* scores = memory.take<float>(kTile * kTile);    // int32 products, then probabilities
+  Code* q = memory.take<Code>(kBlock * s.Hp);
+  float* sums = memory.take<float>(kBlock * s.Hp);       // Σ p v, relative to m
+  int32_t* k = memory.take<int32_t>(packed_size(s.Hp));  // of the tile of keys
+  float* v = memory.take<float>(kTile * s.Hp);  // panel matrix [64, Hp] or, of pairs, [32, Hp]
+  float* scores = memory.take<float>(kTile * kTile);  // int32 products, then probabilities
   float* halves = memory.take<float>(p.f16_accumulate ? kTile * s.Hp : 0);
-  uint8_t* bytes = memory.take<uint8_t>(16 * s.Hp);
+  uint8_t* bytes = memory.take<uint8_t>(32 * s.Hp);
   F* l = memory.take<F>(kBlock);  // partial sums per lane
   float *m = memory.take<float>(kBlock), *weight = memory.take<float>(kBlock);
+  float* part = memory.take<float>(kBlock);        // int8: of the tile's maximum in the row's
   float* multiplier = memory.take<float>(kBlock);  // q_scale · c · log2 e
   uint64_t* seen = memory.take<uint64_t>(kBlock);
   Interval* keys = memory.take<Interval>(kBlock);
@@ -39,17 +58,24 @@ struct Worker {
   void run(int64_t item);
   void start();
   bool find_seen(int64_t first, uint64_t bad);
+  F logits(int64_t r, float* row, int64_t first, float k_scale);
+  template <Pv kPv>
   void unpack_values(int64_t first);
   template <Pv kPv>
+  void move_maxima(int64_t begin, F* tops, float* base, int64_t tile);
+  template <Pv kPv>
   void softmax(int64_t begin, int64_t count, int64_t first, float k_scale);
+  template <Pv kPv>
   void multiply(int64_t begin, int64_t count);
+  template <Pv kPv>
+  void attend_tile(int64_t first, float k_scale);
   void finish();
 };
 
 void Worker::start() {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t at = flat(r);
-    widen(q + r * s.Hp, p.q8 + at * s.Hp, s.Hp);
+    hold_codes(q + r * s.Hp, p.q8 + at * s.Hp, s.Hp);
     multiplier[r] = p.q_scale[at] * (p.scale * kLog2e);
     keys[r] = visible_interval(p.masks, s.S, b, query(r));
     m[r] = -kInfinity;
@@ -73,99 +99,139 @@ bool Worker::find_seen(int64_t first, uint64_t bad) {
   return any != 0;
 }
 
+template <Pv kPv>
+inline F load_value(const void* from) {
+  if constexpr (kPv == Pv::f16) return load_f16(static_cast<const uint16_t*>(from));
+  if constexpr (kPv == Pv::bf16) return load_bf16(static_cast<const uint16_t*>(from));
+  if constexpr (kPv == Pv::int8) return load_codes(static_cast<const int8_t*>(from));
+  return from_e4m3(__builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from)), I));
+}
+
+// Unpacks the values of 64 keys, 16 at a time or, as pairs, twice 16: keys j and j + 16 share a
+// pair, because rows of probabilities are vectors of 16 keys.
+template <Pv kPv>
 void Worker::unpack_values(int64_t first) {
-  if (p.pv == Pv::f16 || p.pv == Pv::bf16) {
-    const auto* from = static_cast<const uint16_t*>(p.v_pv) + (head * s.S + first) * s.Hp;
-    for (int64_t j = 0; j < kTile; ++j) {
-      for (int64_t h = 0; h < s.Hp; h += kLanes) {
-        const uint16_t* at = from + j * s.Hp + h;
-        F x = first + j >= s.S ? F{} : p.pv == Pv::f16 ? load_f16(at) : load_bf16(at);
-        store(v + panel_offset(kTile, j, h), x);
+  constexpr bool transposed = kPv == Pv::e4m3 || kPv == Pv::int8;
+  constexpr int64_t size = transposed ? 1 : 2, together = kDepth<kPv> == kTile ? 1 : 2;
+  const auto* from =
+      static_cast<const uint8_t*>(p.v_pv) +
+      (transposed ? head * s.Hp * s.Sp() + first : (head * s.S + first) * s.Hp * size);
+  for (int64_t group = 0; group < kTile; group += 16 * together) {
+    for (int64_t h = 0; transposed && h < s.Hp; h += 16) {
+      for (int64_t part = 0; part < together; ++part) {
+        transpose_bytes(bytes + part * 16 * s.Hp + h, s.Hp, from + h * s.Sp() + group + 16 * part,
+                        s.Sp());
       }
     }
-    return;
-  }
-  const auto* from = static_cast<const uint8_t*>(p.v_pv) + head * s.Hp * s.Sp() + first;
-  for (int64_t group = 0; group < kTile; group += 16) {
-    for (int64_t h = 0; h < s.Hp; h += 16) {
-      transpose_bytes(bytes + h, s.Hp, from + h * s.Sp() + group, s.Sp());
-    }
     for (int position = 0; position < 16; ++position) {
-      int64_t j = group + kPi[position];
+      int64_t j = transposed ? kPi[position] : position;
       for (int64_t h = 0; h < s.Hp; h += kLanes) {
-        const uint8_t* at = bytes + position * s.Hp + h;
-        F x = p.pv == Pv::int8 ? load_codes(reinterpret_cast<const int8_t*>(at))
-                               : from_e4m3(__builtin_convertvector(load<Bytes>(at), I));
-        store(v + panel_offset(kTile, j, h), x);
+        auto value = [&](int64_t part) {
+          if (transposed) return load_value<kPv>(bytes + (part * 16 + position) * s.Hp + h);
+          int64_t key = group + part * 16 + j;
+          return first + key < s.S ? load_value<kPv>(from + (key * s.Hp + h) * size) : F{};
+        };
+        int64_t at = panel_offset(kDepth<kPv>, group / together + j, h);
+        if constexpr (together == 1) store(v + at, value(0));
+        else store(v + at, pair_of(value(0), value(1)));
       }
     }
   }
 }
 
 template <Pv kPv>
-inline F round_probability(F e) {
-  if constexpr (kPv == Pv::e4m3) return round_e4m3(e * 256.f);
+inline F round_probability(F e) {  // of at most 1, or hardly more
+  if constexpr (kPv == Pv::e4m3) return round_to_grid<3, -6>(e * 256.f);
   if constexpr (kPv == Pv::f16) return round_f16(e);
   if constexpr (kPv == Pv::bf16) return round_bf16(e);
   return round_even(e * 127.f);
 }
 
-// Turns the products of rows begin ... begin + count - 1 into probabilities relative to the running
-// maximum (int8: to the tile's own), and updates m, l and, where the maximum grew, the sums.
+// Turns the products of row r into logits, hidden keys' −Inf, and returns their largest per lane.
+F Worker::logits(int64_t r, float* row, int64_t first, float k_scale) {
+  float bias[kTile];
+  if (p.masks.bias) load_bias(bias, p.masks, s, b, query_head(r), query(r), first);
+  F top = splat(-kInfinity), factor = splat(multiplier[r] * k_scale);
+  I broken{};  // a NaN or +Inf in the bias
+  for (int64_t j = 0; j < kTile; j += kLanes) {
+    F x = to_float(load<I>(row + j)) * factor;
+    if (p.masks.bias) x += loadf(bias + j);
+    if (seen[r] != kAll) x = lane_mask(seen[r] >> j) ? x : splat(-kInfinity);
+    if (p.masks.bias) broken |= !(x < kInfinity);
+    top = max(top, x);
+    store(row + j, x);
+  }
+  for (int i = 0; p.masks.bias && i < kLanes; ++i) sees_bad[r] |= broken[i] != 0;
+  return top;
+}
+
+// Updates m, l and, where the maximum grew, the sums of kLanes rows from the largest logits of
+// each; base: what to subtract from them.
 template <Pv kPv>
-void Worker::softmax(int64_t begin, int64_t count, int64_t first, float k_scale) {
-  constexpr int kVectors = kTile / kLanes;
-  int64_t tile = first / kTile;
-  for (int64_t r = begin; r < begin + count; ++r) {
-    float* row = scores + (r - begin) * kTile;
-    if (!seen[r]) {
-      __builtin_memset(row, 0, kTile * sizeof(float));
-      if (kPv == Pv::int8) weight[r] = 0;
-      continue;
+void Worker::move_maxima(int64_t begin, F* tops, float* base, int64_t tile) {
+  F top = largest_of_each(tops), old = loadf(m + begin), grown = max(top, old);
+  float shrink[kLanes];
+  store(shrink, exp2_fast(old - grown));
+  for (int i = 0; i < kLanes && begin + i < rows; ++i) {
+    if (!(grown[i] > old[i])) continue;
+    l[begin + i] *= shrink[i];
+    for (int64_t h = 0; h < s.Hp; h += kLanes) {
+      float* at = sums + (begin + i) * s.Hp + h;
+      store(at, loadf(at) * shrink[i]);
     }
-    float bias[kTile];
-    if (p.masks.bias) load_bias(bias, p.masks, s, b, query_head(r), query(r), first);
-    F x[kVectors], top = splat(-kInfinity), factor = splat(multiplier[r] * k_scale);
-    for (int v = 0; v < kVectors; ++v) {
-      x[v] = to_float(load<I>(row + v * kLanes)) * factor;
-      if (p.masks.bias) x[v] += loadf(bias + v * kLanes);
-      if (seen[r] != kAll) x[v] = lane_mask(seen[r] >> (v * kLanes)) ? x[v] : splat(-kInfinity);
-      top = max(top, x[v]);
-    }
-    float tile_top = largest(top), new_m = tile_top > m[r] ? tile_top : m[r];
-    if (p.masks.bias) {  // a NaN or +Inf in the bias
-      I broken{};
-      for (int v = 0; v < kVectors; ++v) broken |= !(x[v] < kInfinity);
-      for (int i = 0; i < kLanes; ++i) sees_bad[r] |= broken[i] != 0;
-    }
-    if (new_m > m[r]) {
-      F shrink = splat(exp2_fast(splat(m[r] - new_m))[0]);
-      l[r] *= shrink;
-      for (int64_t h = 0; h < s.Hp; h += kLanes) {
-        float* at = sums + r * s.Hp + h;
-        store(at, loadf(at) * shrink);
-      }
-      m[r] = new_m;
-    }
-    F base = splat(kPv == Pv::int8 ? tile_top : new_m), sum{};
-    if (base[0] == -kInfinity) base = F{};  // a bias of −Inf hides keys: probability 0, not NaN
-    for (int v = 0; v < kVectors; ++v) {
-      F e = exp2_fast(x[v] - base);
-      sum += e;
-      store(row + v * kLanes, round_probability<kPv>(e));
-    }
-    if constexpr (kPv == Pv::int8) {
-      float relative = exp2_fast(splat(tile_top == -kInfinity ? tile_top : tile_top - new_m))[0];
-      weight[r] = relative * (1.f / 127.f) * p.v_scale[head * s.S64() + tile];
-      sum *= relative;
-    }
-    l[r] += sum;
+  }
+  store(m + begin, grown);
+  F from = kPv == Pv::int8 ? top : grown;
+  // A bias of −Inf hides keys: probability 0, not NaN.
+  store(base, from == -kInfinity ? F{} : from);
+  if constexpr (kPv == Pv::int8) {
+    F relative = exp2_fast(top == -kInfinity ? top : top - grown);
+    store(part + begin, relative);
+    store(weight + begin, relative * (1.f / 127.f) * p.v_scale[head * s.S64() + tile]);
   }
 }
 
+// Turns the products of rows begin ... begin + count - 1 into probabilities relative to the running
+// maximum (int8: to the tile's own), and updates m, l and the sums.
+template <Pv kPv>
+void Worker::softmax(int64_t begin, int64_t count, int64_t first, float k_scale) {
+  constexpr int64_t step = kDepth<kPv> == kTile ? kLanes : 2 * kLanes;
+  for (int64_t group = 0; group < count; group += kLanes) {
+    int64_t together = count - group < kLanes ? count - group : kLanes;
+    float base[kLanes], *start = scores + group * kTile;
+    F tops[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      tops[i] = i < together ? logits(begin + group + i, start + i * kTile, first, k_scale)
+                             : splat(-kInfinity);
+    }
+    move_maxima<kPv>(begin + group, tops, base, first / kTile);
+    for (int64_t i = 0; i < together; ++i) {
+      float* row = start + i * kTile;
+      F sum{};
+      auto probability = [&](int64_t j) {
+        F e = exp2_fast(loadf(row + j) - base[i]);
+        sum += e;
+        return round_probability<kPv>(e);
+      };
+      for (int64_t j = 0; j < kTile; j += step) {
+        if constexpr (step == kLanes) {
+          store(row + j, probability(j));
+        } else {
+          F low = probability(j);
+          store(row + j / 2, pair_of(low, probability(j + kLanes)));
+        }
+      }
+      if (kPv == Pv::int8) sum *= part[begin + group + i];
+      l[begin + group + i] += sum;
+    }
+  }
+}
+
+template <Pv kPv>
 void Worker::multiply(int64_t begin, int64_t count) {
-  Left probabilities = {scores, kTile, 1};
-  Right values(v, kTile);
+  typedef Factor<kPv> T;
+  LeftOf<T> probabilities = {reinterpret_cast<const T*>(scores), kTile, 1};
+  Right<T> values(reinterpret_cast<const T*>(v), kDepth<kPv>);
   Weights weights = {weight + begin, 1};
   float* to = sums + begin * s.Hp;
   if (!p.f16_accumulate) {
@@ -179,12 +245,28 @@ void Worker::multiply(int64_t begin, int64_t count) {
       else store(halves + i, x);
     }
   };
+  constexpr int64_t half = kDepth<kPv> / 2;
   __builtin_memset(halves, 0, count * s.Hp * sizeof(float));
-  add_product(halves, s.Hp, count, s.Hp, probabilities, values.rows(0, 32), weights);
+  add_product(halves, s.Hp, count, s.Hp, probabilities, values.rows(0, half), weights);
   round_halves(nullptr);
-  probabilities.data += 32;
-  add_product(halves, s.Hp, count, s.Hp, probabilities, values.rows(32, 32), weights);
+  probabilities.data += half;
+  add_product(halves, s.Hp, count, s.Hp, probabilities, values.rows(half, half), weights);
   round_halves(to);
+}
+
+// One tile of keys, for all rows of the item.
+template <Pv kPv>
+void Worker::attend_tile(int64_t first, float k_scale) {
+  unpack_values<kPv>(first);
+  for (int64_t begin = 0; begin < rows; begin += kTile) {
+    int64_t count = rows - begin < kTile ? rows - begin : kTile;
+    uint64_t any = 0;
+    for (int64_t r = begin; r < begin + count; ++r) any |= seen[r];
+    if (!any) continue;
+    int_product(reinterpret_cast<int32_t*>(scores), count, q + begin * s.Hp, s.Hp, k);
+    softmax<kPv>(begin, count, first, k_scale);
+    multiply<kPv>(begin, count);
+  }
 }
 
 void Worker::finish() {
@@ -229,29 +311,20 @@ void Worker::run(int64_t item) {
     uint64_t bad = bad_bits(k8, k_scale, count, s.Hp);
     if (!find_seen(first, bad)) continue;
     pack_keys(k, k8, count, s.Hp);
-    unpack_values(first);
-    for (int64_t begin = 0; begin < rows; begin += kTile) {
-      int64_t part = rows - begin < kTile ? rows - begin : kTile;
-      uint64_t any = 0;
-      for (int64_t r = begin; r < begin + part; ++r) any |= seen[r];
-      if (!any) continue;
-      int_product(reinterpret_cast<int32_t*>(scores), part, q + begin * s.Hp, s.Hp, k);
-      float magnitude = k_scale < 0 ? -k_scale : k_scale;
-      switch (p.pv) {
-        case Pv::e4m3:
-          softmax<Pv::e4m3>(begin, part, first, magnitude);
-          break;
-        case Pv::f16:
-          softmax<Pv::f16>(begin, part, first, magnitude);
-          break;
-        case Pv::bf16:
-          softmax<Pv::bf16>(begin, part, first, magnitude);
-          break;
-        case Pv::int8:
-          softmax<Pv::int8>(begin, part, first, magnitude);
-          break;
-      }
-      multiply(begin, part);
+    float magnitude = k_scale < 0 ? -k_scale : k_scale;
+    switch (p.pv) {
+      case Pv::e4m3:
+        attend_tile<Pv::e4m3>(first, magnitude);
+        break;
+      case Pv::f16:
+        attend_tile<Pv::f16>(first, magnitude);
+        break;
+      case Pv::bf16:
+        attend_tile<Pv::bf16>(first, magnitude);
+        break;
+      case Pv::int8:
+        attend_tile<Pv::int8>(first, magnitude);
+        break;
     }
   }
   finish();

@@ -38,7 +38,7 @@ inline float reciprocal(float x) { return x < 0x1p-100f ? 0 : 1 / x; }
 struct Block {  // 64 queries of one head, at most `count` of them real
   const AttendBackward& p;
   const Shape& s;
-  int16_t *q, *dout8;  // [64, Hp]: codes of Q and, with dp int8, of dO
+  Code *q, *dout8;     // [64, Hp]: codes of Q and, with dp int8, of dO
   float* dout;         // [64, Hp]: with dp bf16, dO rounded to bf16
   float* multiplier;   // q_scale · c · log2 e
   float *dout_scale, *m, *inverse_l;
@@ -51,8 +51,8 @@ struct Block {  // 64 queries of one head, at most `count` of them real
   Block(const AttendBackward& params, Scratch& memory)
       : p(params),
         s(params.shape),
-        q(memory.take<int16_t>(kTile * s.Hp)),
-        dout8(memory.take<int16_t>(p.dp == Dp::int8 ? kTile * s.Hp : 0)),
+        q(memory.take<Code>(kTile * s.Hp)),
+        dout8(memory.take<Code>(p.dp == Dp::int8 ? kTile * s.Hp : 0)),
         dout(memory.take<float>(kTile * s.Hp)),
         multiplier(memory.take<float>(4 * kTile)),
         dout_scale(multiplier + kTile),
@@ -78,8 +78,8 @@ struct Block {  // 64 queries of one head, at most `count` of them real
       __builtin_memset(to, 0, s.Hp * sizeof(float));
       keys[r] = {0, 0};
       poisoned[r] = false;
-      if (r < count) widen(q + r * s.Hp, p.q8 + row(r) * s.Hp, s.Hp);
-      else __builtin_memset(q + r * s.Hp, 0, s.Hp * sizeof(int16_t));
+      if (r < count) hold_codes(q + r * s.Hp, p.q8 + row(r) * s.Hp, s.Hp);
+      else hold_zeros(q + r * s.Hp, s.Hp);
       multiplier[r] = dout_scale[r] = m[r] = inverse_l[r] = 0;
       if (!live(r)) continue;
       keys[r] = visible_interval(p.masks, s.S, b, first + r);
@@ -116,7 +116,7 @@ struct Block {  // 64 queries of one head, at most `count` of them real
           store(from + h, round_bf16(x));
         } else {
           I code = __builtin_convertvector(int8_values(x, splat(group.inverse)), I);
-          store(dout8 + r * s.Hp + h, __builtin_convertvector(code, Halves));
+          hold_codes(dout8 + r * s.Hp + h, code);
         }
       }
     }
@@ -146,8 +146,8 @@ struct KeyTile {  // the right operands of a tile of 64 keys
   KeyTile(const AttendBackward& params, Scratch& memory)
       : p(params),
         s(params.shape),
-        k(memory.take<int32_t>(kTile * s.Hp / 2)),
-        v8(memory.take<int32_t>(p.dp == Dp::int8 ? kTile * s.Hp / 2 : 0)),
+        k(memory.take<int32_t>(packed_size(s.Hp))),
+        v8(memory.take<int32_t>(p.dp == Dp::int8 ? packed_size(s.Hp) : 0)),
         v(memory.take<float>(p.dp == Dp::bf16 ? kTile * s.Hp : 0)),
         z(memory.take<float>(kTile * s.Hp)),
         scores(memory.take<float>(kTile * kTile)),

@@ -26,18 +26,25 @@ SAGE_DECLARE_KERNELS(avx2)
 #ifdef SAGE_HAS_avx512
 SAGE_DECLARE_KERNELS(avx512)
 #endif
+#ifdef SAGE_HAS_avx512bf16
+SAGE_DECLARE_KERNELS(avx512bf16)
+#endif
 
 namespace {
 
 // The kernels that this CPU can run, the fastest first; the last entry is null.
 const Kernels* const* runnable() {
-  static const Kernels* list[4] = {};
+  static const Kernels* list[5] = {};
   static bool filled = [] {
     int count = 0;
 #ifdef SAGE_HAS_avx512
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni");
+#ifdef SAGE_HAS_avx512bf16
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (bf16) list[count++] = &avx512bf16::kKernels;
+#endif
     if (avx512) list[count++] = &avx512::kKernels;
 #endif
 #ifdef SAGE_HAS_avx2

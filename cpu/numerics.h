@@ -54,6 +54,24 @@ inline float largest(F x) {
   for (int half = kLanes / 2; half > 0; half /= 2) x = max(x, rotate(x, half));
   return x[0];
 }
+template <int kHalf>
+inline void halve_rows(F* rows) {
+  if constexpr (kHalf > 0) {
+    I low;
+    for (int i = 0; i < kLanes; ++i)
+      low[i] = i - i % (2 * kHalf) + i % kHalf + i / kHalf % 2 * kLanes;
+    for (int i = 0; i < kHalf; ++i) {
+      rows[i] = max(__builtin_shuffle(rows[i], rows[i + kHalf], low),
+                    __builtin_shuffle(rows[i], rows[i + kHalf], low + kHalf));
+    }
+    halve_rows<kHalf / 2>(rows);
+  }
+}
+// Lane i: the largest lane of rows[i], of kLanes rows, which are overwritten.
+inline F largest_of_each(F* rows) {
+  halve_rows<kLanes / 2>(rows);
+  return rows[0];
+}
 inline float total(F x) {
   for (int half = kLanes / 2; half > 0; half /= 2) x = x + rotate(x, half);
   return x[0];

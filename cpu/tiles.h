@@ -16,15 +16,34 @@ inline int64_t panel_offset(int64_t depth, int64_t row, int64_t column) {
   return column / kPanel * depth * kPanel + row * kPanel + column % kPanel;
 }
 
-struct Left {  // the left operand [rows, depth] of a float product, with strides in elements
-  const float* data;
+#ifdef SAGE_BF16_PRODUCTS
+constexpr bool kBf16Products = true;
+#else
+constexpr bool kBf16Products = false;
+#endif
+
+// A float product takes its operands as float32 or, where kBf16Products, as pairs of bf16 numbers
+// adjacent in depth, which count as one number of depth.
+typedef int32_t Pair;
+
+// The bf16 pairs of two vectors, low halves first; the numbers must be representable in bf16.
+inline I pair_of(F low, F high) {
+  return (bits_of(low) >> 16 & 0xffff) | (bits_of(high) & ~0xffff);
+}
+
+template <class T>
+struct LeftOf {  // the left operand [rows, depth] of a float product, with strides in elements
+  const T* data;
   int64_t row_stride, depth_stride;
 };
+typedef LeftOf<float> Left;
+
+template <class T>
 struct Right {  // the right operand, a panel matrix or a range of its rows
-  const float* data;
+  typedef LeftOf<T> Partner;
+  const T* data;
   int64_t depth, panel_stride;
-  Right(const float* panels, int64_t rows)
-      : data(panels), depth(rows), panel_stride(rows * kPanel) {}
+  Right(const T* panels, int64_t rows) : data(panels), depth(rows), panel_stride(rows * kPanel) {}
   Right rows(int64_t begin, int64_t count) const {
     Right part = *this;
     part.data += begin * kPanel;
@@ -37,15 +56,27 @@ struct Weights {  // one factor for each row of a product (stride 1) or one for 
   int64_t stride;
 };
 
-template <int kRows>
-inline void float_block(float* c, int64_t ldc, const float* a, Left strides, const float* b,
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef F Type;
+};
+template <>
+struct VectorOf<Pair> {
+  typedef I Type;
+};
+
+template <int kRows, class T>
+inline void float_block(float* c, int64_t ldc, const T* a, LeftOf<T> strides, const T* b,
                         int64_t depth, const float* weight, int64_t weight_stride) {
+  typedef typename VectorOf<T>::Type V;
   F sum[kRows][kMicroVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    F x[kMicroVectors];
-    for (int v = 0; v < kMicroVectors; ++v) x[v] = loadf(b + k * kPanel + v * kLanes);
+    V x[kMicroVectors];
+    for (int v = 0; v < kMicroVectors; ++v) x[v] = load<V>(b + k * kPanel + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      F factor = splat(a[r * strides.row_stride + k * strides.depth_stride]);
+      V factor = a[r * strides.row_stride + k * strides.depth_stride] - V{};
       for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = multiply_add(factor, x[v], sum[r][v]);
     }
   }
@@ -58,35 +89,55 @@ inline void float_block(float* c, int64_t ldc, const float* a, Left strides, con
 }
 
 // c[r, :] += weight[r] · Σ_k a[r, k] b[k, :]
-inline void add_product(float* c, int64_t ldc, int64_t rows, int64_t columns, Left a, Right b,
-                        Weights weight) {
+template <class T>
+inline void add_product(float* c, int64_t ldc, int64_t rows, int64_t columns,
+                        typename Right<T>::Partner a, Right<T> b, Weights weight) {
   for (int64_t column = 0; column < columns; column += kPanel) {
-    const float* panel = b.data + column / kPanel * b.panel_stride;
+    const T* panel = b.data + column / kPanel * b.panel_stride;
     auto block = [&](auto kernel, int64_t r) {
       kernel(c + r * ldc + column, ldc, a.data + r * a.row_stride, a, panel, b.depth,
              weight.data + r * weight.stride, weight.stride);
     };
     int64_t r = 0;
-    for (; rows - r >= kMicroRows; r += kMicroRows) block(float_block<kMicroRows>, r);
-    for (; rows - r >= 4; r += 4) block(float_block<4>, r);
-    for (; rows - r >= 1; r += 1) block(float_block<1>, r);
+    for (; rows - r >= kMicroRows; r += kMicroRows) block(float_block<kMicroRows, T>, r);
+    for (; rows - r >= 4; r += 4) block(float_block<4, T>, r);
+    for (; rows - r >= 1; r += 1) block(float_block<1, T>, r);
   }
 }
 
-// INT8 operands are held as int16: two channels share the 32 bits of a lane, as dot_pairs wants
-// them.
+// INT8 operands: as many channels as fit share the 32 bits of a lane, as dot_codes wants them. Left
+// operands hold codes with kZeroCode added, which a product makes good where it starts.
+constexpr int kChannels = 4 / sizeof(Code);
+typedef Code Codes __attribute__((vector_size(kLanes * sizeof(Code))));
+
+inline void hold_codes(Code* to, const int8_t* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Code>(from[i] + kZeroCode);
+}
+inline void hold_codes(Code* to, I codes) {
+  store(to, __builtin_convertvector(codes + kZeroCode, Codes));
+}
+inline void hold_zeros(Code* to, int64_t count) {
+  __builtin_memset(to, kZeroCode, count * sizeof(Code));
+}
+
+// The rows of a packed tile: a row of starting values, then Hp / kChannels rows of channels.
+inline int64_t packed_rows(int64_t Hp) { return 1 + Hp / kChannels; }
+inline int64_t packed_size(int64_t Hp) { return kTile * packed_rows(Hp); }
 
 template <int kRows>
-inline void int_block(int32_t* c, int64_t ldc, const int16_t* a, int64_t Hp, const int32_t* panel) {
-  I sum[kRows][kMicroVectors] = {};
-  for (int64_t k = 0; k < Hp / 2; ++k) {
+inline void int_block(int32_t* c, int64_t ldc, const Code* a, int64_t Hp, const int32_t* panel) {
+  I sum[kRows][kMicroVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = load<I>(panel + v * kLanes);
+  }
+  for (int64_t k = 0; k < Hp / kChannels; ++k) {
     I b[kMicroVectors];
-    for (int v = 0; v < kMicroVectors; ++v) b[v] = load<I>(panel + k * kPanel + v * kLanes);
+    for (int v = 0; v < kMicroVectors; ++v) b[v] = load<I>(panel + (k + 1) * kPanel + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
-      int32_t pair;
-      __builtin_memcpy(&pair, a + r * Hp + 2 * k, 4);
-      I x = splat_int(pair);
-      for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = dot_pairs(sum[r][v], x, b[v]);
+      int32_t channels;
+      __builtin_memcpy(&channels, a + r * Hp + kChannels * k, 4);
+      I x = splat_int(channels);
+      for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = dot_codes(sum[r][v], x, b[v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -94,10 +145,10 @@ inline void int_block(int32_t* c, int64_t ldc, const int16_t* a, int64_t Hp, con
   }
 }
 
-// c[r, j] = Σ_h a[r, h] b[j, h] for the 64 keys j of a tile; a int16 [rows, Hp], b from pack_keys.
-inline void int_product(int32_t* c, int64_t rows, const int16_t* a, int64_t Hp, const int32_t* b) {
+// c[r, j] = Σ_h a[r, h] b[j, h] for the 64 keys j of a tile; a [rows, Hp], b from pack_keys.
+inline void int_product(int32_t* c, int64_t rows, const Code* a, int64_t Hp, const int32_t* b) {
   for (int64_t column = 0; column < kTile; column += kPanel) {
-    const int32_t* panel = b + column * (Hp / 2);
+    const int32_t* panel = b + column * packed_rows(Hp);
     auto block = [&](auto kernel, int64_t row) {
       kernel(c + row * kTile + column, kTile, a + row * Hp, Hp, panel);
     };
@@ -108,13 +159,7 @@ inline void int_product(int32_t* c, int64_t rows, const int16_t* a, int64_t Hp, 
   }
 }
 
-inline void widen(int16_t* to, const int8_t* from, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-}
-
-// A tile of 64 keys (`keys` of them real, the rest zero) of int8 [*, Hp] as the right operand of
-// int_product: the panel matrix [Hp / 2, 64] of channel pairs.
-inline void pack_keys(int32_t* to, const int8_t* from, int64_t keys, int64_t Hp) {
+inline void pack_pairs(int32_t* to, const int8_t* from, int64_t keys, int64_t Hp) {
   typedef int16_t V8 __attribute__((vector_size(16)));
   typedef int8_t B8 __attribute__((vector_size(8)));
   for (int64_t j = 0; j < kTile; j += 8) {
@@ -133,12 +178,56 @@ inline void pack_keys(int32_t* to, const int8_t* from, int64_t keys, int64_t Hp)
         B8 half[2];
         __builtin_memcpy(half, &x[i], 16);
         for (int part = 0; part < 2; ++part) {
-          int64_t at = panel_offset(Hp / 2, h / 2 + i, (j + 4 * part) / kLanes * kLanes) +
-                       (j + 4 * part) % kLanes;
+          int64_t column = j + 4 * part;
+          int64_t at = panel_offset(packed_rows(Hp), 1 + h / 2 + i, column / kLanes * kLanes) +
+                       column % kLanes;
           store(to + at, __builtin_convertvector(half[part], V8));
         }
       }
     }
+  }
+}
+
+inline void pack_quads(int32_t* to, const int8_t* from, int64_t keys, int64_t Hp) {
+  I low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  for (int64_t j = 0; j < kTile; j += kLanes) {
+    for (int64_t h = 0; h < Hp; h += 4 * kLanes) {
+      I x[kLanes], y[kLanes];  // a square matrix of quads, transposed
+      for (int i = 0; i < kLanes; ++i) x[i] = j + i < keys ? load<I>(from + (j + i) * Hp + h) : I{};
+      for (int round = 1; round < kLanes; round *= 2) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+          y[2 * i] = __builtin_shuffle(x[i], x[i + kLanes / 2], low);
+          y[2 * i + 1] = __builtin_shuffle(x[i], x[i + kLanes / 2], high);
+        }
+        for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        store(to + panel_offset(packed_rows(Hp), 1 + h / 4 + i, j), x[i]);
+      }
+    }
+  }
+}
+
+// A tile of 64 keys (`keys` of them real, the rest zero) of int8 [*, Hp] as the right operand of
+// int_product: the panel matrix [1 + Hp / kChannels, 64].
+inline void pack_keys(int32_t* to, const int8_t* from, int64_t keys, int64_t Hp) {
+  if constexpr (kChannels == 2) pack_pairs(to, from, keys, Hp);
+  else pack_quads(to, from, keys, Hp);
+  // A product starts at minus what a left operand of zeros would give.
+  Code zeros[kChannels];
+  hold_zeros(zeros, kChannels);
+  int32_t zero;
+  __builtin_memcpy(&zero, zeros, 4);
+  for (int64_t j = 0; j < kTile; j += kLanes) {
+    I sum{};
+    for (int64_t k = 1; zero && k < packed_rows(Hp); ++k) {
+      sum = dot_codes(sum, splat_int(zero), load<I>(to + panel_offset(packed_rows(Hp), k, j)));
+    }
+    store(to + panel_offset(packed_rows(Hp), 0, j), -sum);
   }
 }
 

@@ -23,7 +23,12 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++")
     reason="needs cmake, a compiler and nanobind",
 )
 @pytest.mark.parametrize(
-    ("unknown", "kernels"), [("-mavx512vnni", "generic;avx2"), ("-mavx2", "generic")]
+    ("unknown", "kernels"),
+    [
+        ("-mavx512bf16", "generic;avx2;avx512"),
+        ("-mavx512vnni", "generic;avx2"),
+        ("-mavx2", "generic"),
+    ],
 )
 def test_a_compiler_without_an_instruction_set_builds_the_others(tmp_path, unknown, kernels):
     old = tmp_path / "c++"

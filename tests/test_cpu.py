@@ -238,11 +238,13 @@ def test_every_instruction_set_of_this_cpu():
     """The portable kernels and, on a CPU with AVX-512, the AVX2 ones would otherwise never run."""
     used = _native_cpu.isa()
     everything = next(case for case in cases.CASES if case.name == "everything")
+    newest = None
     try:
-        for isa in ("generic", "avx2", "avx512"):
+        for isa in ("generic", "avx2", "avx512", "avx512bf16"):
             if not _native_cpu.select_isa(isa):
                 continue
             assert _native_cpu.isa() == isa
+            newest = isa
             for recipe in (PRESETS["train8"], PRESETS["sagebwd"], PRESETS["sage1"]):
                 check_quantisers(everything, recipe)
                 check_forward(everything, recipe)
@@ -250,6 +252,7 @@ def test_every_instruction_set_of_this_cpu():
                     check_backward(everything, recipe)
     finally:
         assert _native_cpu.select_isa(used)
+    assert used == newest
     assert not _native_cpu.select_isa("vax")
 
 

@@ -17,7 +17,7 @@ from sage_jax.recipe import PRESETS, Recipe
 SAGE3 = PRESETS["sage3"]
 BARE = SAGE3.replace(name="bare", smooth_q=False, smooth_k=False, smooth_v=False, four_or_six=False)
 RECIPES = [SAGE3, SAGE3.replace(name="published", published=True), BARE]
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 KV = ("k4", "k_scale", "k_tensor", "k_mean", "v4", "v_scale", "v_tensor", "v_mean")
 Q = ("q4", "q_scale", "q_tensor")
 

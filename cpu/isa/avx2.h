@@ -20,8 +20,11 @@ inline F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
 // The only place where a product and a sum are fused.
 inline F multiply_add(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
-// sum + x[2i] y[2i] + x[2i + 1] y[2i + 1] on the int16 halves of lane i.
-inline I dot_pairs(I sum, I x, I y) { return sum + (I)_mm256_madd_epi16((__m256i)x, (__m256i)y); }
+// INT8 codes as a left operand: sum + x[2i] y[2i] + x[2i + 1] y[2i + 1] on the int16 halves of
+// lane i.
+typedef int16_t Code;
+constexpr int kZeroCode = 0;
+inline I dot_codes(I sum, I x, I y) { return sum + (I)_mm256_madd_epi16((__m256i)x, (__m256i)y); }
 
 inline F load_f16(const uint16_t* from) {
   return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

@@ -20,9 +20,12 @@ inline F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
 // The only place where a product and a sum are fused.
 inline F multiply_add(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
-// sum + x[2i] y[2i] + x[2i + 1] y[2i + 1] on the int16 halves of lane i.
-inline I dot_pairs(I sum, I x, I y) {
-  return (I)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)y);
+// INT8 codes as a left operand, four bytes a lane: VNNI multiplies unsigned bytes by signed ones,
+// so a code is held with 128 added.
+typedef uint8_t Code;
+constexpr int kZeroCode = 128;
+inline I dot_codes(I sum, I x, I y) {
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)y);
 }
 
 inline F load_f16(const uint16_t* from) {

@@ -20,8 +20,11 @@ inline F min(F a, F b) { return a < b ? a : b; }
 // The only place where a product and a sum may be fused; here they are not.
 inline F multiply_add(F a, F b, F c) { return a * b + c; }
 
-// sum + x[2i] y[2i] + x[2i + 1] y[2i + 1] on the int16 halves of lane i.
-inline I dot_pairs(I sum, I x, I y) {
+// INT8 codes as a left operand: sum + x[2i] y[2i] + x[2i + 1] y[2i + 1] on the int16 halves of
+// lane i.
+typedef int16_t Code;
+constexpr int kZeroCode = 0;
+inline I dot_codes(I sum, I x, I y) {
   I low = ((x << 16) >> 16) * ((y << 16) >> 16);
   return sum + low + (x >> 16) * (y >> 16);
 }
