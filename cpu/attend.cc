@@ -104,7 +104,7 @@ inline F load_value(const void* from) {
   if constexpr (kPv == Pv::f16) return load_f16(static_cast<const uint16_t*>(from));
   if constexpr (kPv == Pv::bf16) return load_bf16(static_cast<const uint16_t*>(from));
   if constexpr (kPv == Pv::int8) return load_codes(static_cast<const int8_t*>(from));
-  return from_e4m3(__builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from)), I));
+  return load_e4m3(static_cast<const uint8_t*>(from));
 }
 
 // Unpacks the values of 64 keys, 16 at a time or, as pairs, twice 16: keys j and j + 16 share a

@@ -115,6 +115,16 @@ inline F from_e4m3(I code) {
   return from_bits(bits_of(value) | ((code & 0x80) << 24));
 }
 
+// kLanes codes in memory. Moved to the place of f16's bits, they are f16 numbers 2^-8 times as
+// large, which hardware widens; subnormal ones, too.
+inline F load_e4m3(const uint8_t* from) {
+  if constexpr (!kWidensF16) return from_e4m3(__builtin_convertvector(load<Bytes>(from), I));
+  typedef int16_t SignedHalves __attribute__((vector_size(2 * kLanes)));
+  SignedHalves codes = (SignedHalves) __builtin_convertvector(load<Bytes>(from), Halves);
+  Halves bits = (Halves)(codes << 8 >> 1) & 0xbfff;
+  return load_f16(reinterpret_cast<const uint16_t*>(&bits)) * 256.f;
+}
+
 // 2^x for x <= 127, relative error below 2e-7; 1 at 0; 0 below 2^-126. The polynomial is the
 // minimax one on
 // [-1/2, 1/2].

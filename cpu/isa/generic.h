@@ -11,6 +11,8 @@ constexpr int kLanes = 4;
 constexpr int kMicroRows = 6,
               kMicroVectors = 2;  // accumulators of a matrix kernel, in 16 registers
 
+constexpr bool kWidensF16 = false;  // in hardware
+
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
