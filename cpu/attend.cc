@@ -11,23 +11,9 @@ namespace {
 
 constexpr int64_t kBlock = 128;
 
-// What P·V multiplies. Of e4m3 numbers, bf16 numbers and INT8 codes, bf16 products are exact; f16
-// has more bits.
+// P·V multiplies bf16 numbers where that is fast and exact: f16 numbers have more bits.
 template <Pv kPv>
-constexpr bool kPaired = kBf16Products && kPv != Pv::f16;
-template <bool kPairs>
-struct FactorOf {
-  typedef float Type;
-};
-template <>
-struct FactorOf<true> {
-  typedef Pair Type;
-};
-template <Pv kPv>
-using Factor = typename FactorOf<kPaired<kPv>>::Type;
-template <Pv kPv>
-constexpr int64_t kDepth = kPaired<kPv> ? kTile / 2 : kTile;
-static_assert(!kBf16Products || kLanes == 16, "values are paired as 16 lanes pair probabilities");
+using Values = FactorOf<kBf16Products && kPv != Pv::f16>;
 
 struct Worker {
   const Attend& p;
@@ -36,10 +22,10 @@ struct Worker {
   Code* q = memory.take<Code>(kBlock * s.Hp);
   float* sums = memory.take<float>(kBlock * s.Hp);       // Σ p v, relative to m
   int32_t* k = memory.take<int32_t>(packed_size(s.Hp));  // of the tile of keys
-  float* v = memory.take<float>(kTile * s.Hp);  // panel matrix [64, Hp] or, of pairs, [32, Hp]
-  float* scores = memory.take<float>(kTile * kTile);  // int32 products, then probabilities
+  float* v = memory.take<float>(kTile * s.Hp);           // panel matrix [64, Hp]
+  float* scores = memory.take<float>(kTile * kTile);     // int32 products, then probabilities
   float* halves = memory.take<float>(p.f16_accumulate ? kTile * s.Hp : 0);
-  uint8_t* bytes = memory.take<uint8_t>(32 * s.Hp);
+  uint8_t* bytes = memory.take<uint8_t>(16 * s.Hp);
   F* l = memory.take<F>(kBlock);  // partial sums per lane
   float *m = memory.take<float>(kBlock), *weight = memory.take<float>(kBlock);
   float* part = memory.take<float>(kBlock);        // int8: of the tile's maximum in the row's
@@ -107,33 +93,23 @@ inline F load_value(const void* from) {
   return load_e4m3(static_cast<const uint8_t*>(from));
 }
 
-// Unpacks the values of 64 keys, 16 at a time or, as pairs, twice 16: keys j and j + 16 share a
-// pair, because rows of probabilities are vectors of 16 keys.
 template <Pv kPv>
 void Worker::unpack_values(int64_t first) {
   constexpr bool transposed = kPv == Pv::e4m3 || kPv == Pv::int8;
-  constexpr int64_t size = transposed ? 1 : 2, together = kDepth<kPv> == kTile ? 1 : 2;
+  constexpr int64_t size = transposed ? 1 : 2;
   const auto* from =
       static_cast<const uint8_t*>(p.v_pv) +
       (transposed ? head * s.Hp * s.Sp() + first : (head * s.S + first) * s.Hp * size);
-  for (int64_t group = 0; group < kTile; group += 16 * together) {
+  auto* to = reinterpret_cast<typename Values<kPv>::Type*>(v);
+  for (int64_t group = 0; group < kTile; group += 16) {
     for (int64_t h = 0; transposed && h < s.Hp; h += 16) {
-      for (int64_t part = 0; part < together; ++part) {
-        transpose_bytes(bytes + part * 16 * s.Hp + h, s.Hp, from + h * s.Sp() + group + 16 * part,
-                        s.Sp());
-      }
+      transpose_bytes(bytes + h, s.Hp, from + h * s.Sp() + group, s.Sp());
     }
     for (int position = 0; position < 16; ++position) {
-      int64_t j = transposed ? kPi[position] : position;
+      int64_t j = group + (transposed ? kPi[position] : position);
       for (int64_t h = 0; h < s.Hp; h += kLanes) {
-        auto value = [&](int64_t part) {
-          if (transposed) return load_value<kPv>(bytes + (part * 16 + position) * s.Hp + h);
-          int64_t key = group + part * 16 + j;
-          return first + key < s.S ? load_value<kPv>(from + (key * s.Hp + h) * size) : F{};
-        };
-        int64_t at = panel_offset(kDepth<kPv>, group / together + j, h);
-        if constexpr (together == 1) store(v + at, value(0));
-        else store(v + at, pair_of(value(0), value(1)));
+        const uint8_t* at = transposed ? bytes + position * s.Hp + h : from + (j * s.Hp + h) * size;
+        store_factors(to, j, h, transposed || first + j < s.S ? load_value<kPv>(at) : F{});
       }
     }
   }
@@ -195,7 +171,7 @@ void Worker::move_maxima(int64_t begin, F* tops, float* base, int64_t tile) {
 // maximum (int8: to the tile's own), and updates m, l and the sums.
 template <Pv kPv>
 void Worker::softmax(int64_t begin, int64_t count, int64_t first, float k_scale) {
-  constexpr int64_t step = kDepth<kPv> == kTile ? kLanes : 2 * kLanes;
+  constexpr int64_t step = kTile / Values<kPv>::kDepth * kLanes;
   for (int64_t group = 0; group < count; group += kLanes) {
     int64_t together = count - group < kLanes ? count - group : kLanes;
     float base[kLanes], *start = scores + group * kTile;
@@ -229,9 +205,9 @@ void Worker::softmax(int64_t begin, int64_t count, int64_t first, float k_scale)
 
 template <Pv kPv>
 void Worker::multiply(int64_t begin, int64_t count) {
-  typedef Factor<kPv> T;
+  typedef typename Values<kPv>::Type T;
   LeftOf<T> probabilities = {reinterpret_cast<const T*>(scores), kTile, 1};
-  Right<T> values(reinterpret_cast<const T*>(v), kDepth<kPv>);
+  Right<T> values(reinterpret_cast<const T*>(v), Values<kPv>::kDepth);
   Weights weights = {weight + begin, 1};
   float* to = sums + begin * s.Hp;
   if (!p.f16_accumulate) {
@@ -245,7 +221,7 @@ void Worker::multiply(int64_t begin, int64_t count) {
       else store(halves + i, x);
     }
   };
-  constexpr int64_t half = kDepth<kPv> / 2;
+  constexpr int64_t half = Values<kPv>::kDepth / 2;
   __builtin_memset(halves, 0, count * s.Hp * sizeof(float));
   add_product(halves, s.Hp, count, s.Hp, probabilities, values.rows(0, half), weights);
   round_halves(nullptr);

@@ -23,15 +23,16 @@ struct Unit {
 
   struct Queries {  // a block and what the gradient products need of it
     Block block;
-    float *x, *y;  // panel matrices [64, Hp]: right operands of Pᵀ·x = dV and Gᵀ·y = dK
-    float* dq;     // [64, Hp]
+    Exact::Type *x, *y;  // panel matrices [64, Hp]: right operands of Pᵀ·x = dV and Gᵀ·y = dK
+    float* dq;           // [64, Hp]
     float x_scale = 0, y_scale = 0;  // sagebwd: of the codes in x and y
     Queries(const AttendBackward& p, Scratch& memory)
         : block(p, memory),
-          x(memory.take<float>(kTile * p.shape.Hp)),
-          y(memory.take<float>(kTile * p.shape.Hp)),
+          x(memory.take<Exact::Type>(Exact::kDepth * p.shape.Hp)),
+          y(memory.take<Exact::Type>(Exact::kDepth * p.shape.Hp)),
           dq(memory.take<float>(kTile * p.shape.Hp)) {}
   } queries[kTogether];
+  Exact::Type* pairs = memory.take<Exact::Type>(kBf16Products ? kTile * kTile / 2 : 0);
 
   explicit Unit(const Prepared& facts)
       : f(facts),
@@ -78,8 +79,8 @@ void Unit::train8_operands(Queries& to) {
         y = load_codes(p.q8 + at * s.Hp + h) * p.q_scale[at] * y_factor;
         y = round_e4m3(y * loadf(y_channels.inverse + h));
       }
-      store(to.x + panel_offset(kTile, r, h), x);
-      store(to.y + panel_offset(kTile, r, h), y);
+      store_factors(to.x, r, h, x);
+      store_factors(to.y, r, h, y);
     }
   }
 }
@@ -100,8 +101,8 @@ void Unit::sagebwd_operands(Queries& to) {
     for (int64_t h = 0; h < s.Hp; h += kLanes) {
       F x = int8_values(loadf(block.dout + r * s.Hp + h), splat(group.inverse));
       F y = r < block.count ? load_codes(p.q8 + block.row(r) * s.Hp + h) : F{};
-      store(to.x + panel_offset(kTile, r, h), x);
-      store(to.y + panel_offset(kTile, r, h), y);
+      store_factors(to.x, r, h, x);
+      store_factors(to.y, r, h, y);
     }
   }
 }
@@ -193,10 +194,10 @@ void Unit::add(Queries& to, float* dk, float* dv) {
     y_weight = s_scale * to.y_scale;
     z_weight = s_scale * tile.k_scale;
   }
-  Right x(to.x, kTile), y(to.y, kTile), z(tile.z, kTile);
-  add_product(dv, s.Hp, tile.count, s.Hp, {tile.scores, 1, kTile}, x, {&p_weight, 0});
-  add_product(dk, s.Hp, tile.count, s.Hp, {tile.d_p, 1, kTile}, y, {&y_weight, 0});
-  add_product(to.dq, s.Hp, to.block.count, s.Hp, {tile.d_p, kTile, 1}, z, {&z_weight, 0});
+  Right x(to.x, Exact::kDepth), y(to.y, Exact::kDepth), z(tile.z, Exact::kDepth);
+  add_product(dv, s.Hp, tile.count, s.Hp, transposed(tile.scores, pairs), x, {&p_weight, 0});
+  add_product(dk, s.Hp, tile.count, s.Hp, transposed(tile.d_p, pairs), y, {&y_weight, 0});
+  add_product(to.dq, s.Hp, to.block.count, s.Hp, as_it_is(tile.d_p, pairs), z, {&z_weight, 0});
 }
 
 void Unit::store_dq(Queries& from) {

@@ -133,12 +133,15 @@ struct Block {  // 64 queries of one head, at most `count` of them real
   }
 };
 
+// p, dS and what they multiply are e4m3 numbers (train8) or INT8 codes (sagebwd).
+typedef FactorOf<kBf16Products> Exact;
+
 struct KeyTile {  // the right operands of a tile of 64 keys
   const AttendBackward& p;
   const Shape& s;
   int32_t *k, *v8;      // packed for int_product
   float* v;             // with dp bf16: Vᵀ, panel matrix [Hp, 64]
-  float* z;             // panel matrix [64, Hp]: e4m3 values of K̂ (train8) or codes of K (sagebwd)
+  Exact::Type* z;       // panel matrix [64, Hp]: e4m3 values of K̂ (train8) or codes of K (sagebwd)
   float *scores, *d_p;  // [64, 64]: products of the current block
   float k_scale = 0, v_scale = 0;
   int64_t head = 0, first = 0, count = 0;
@@ -149,7 +152,7 @@ struct KeyTile {  // the right operands of a tile of 64 keys
         k(memory.take<int32_t>(packed_size(s.Hp))),
         v8(memory.take<int32_t>(p.dp == Dp::int8 ? packed_size(s.Hp) : 0)),
         v(memory.take<float>(p.dp == Dp::bf16 ? kTile * s.Hp : 0)),
-        z(memory.take<float>(kTile * s.Hp)),
+        z(memory.take<Exact::Type>(Exact::kDepth * s.Hp)),
         scores(memory.take<float>(kTile * kTile)),
         d_p(memory.take<float>(kTile * kTile)) {}
 
@@ -188,7 +191,7 @@ struct KeyTile {  // the right operands of a tile of 64 keys
       for (int64_t h = 0; h < s.Hp; h += kLanes) {
         F x = j < count ? load_codes(k8() + j * s.Hp + h) : F{};
         if (channels) x = round_e4m3(x * k_scale * loadf(channels->inverse + h));
-        store(z + panel_offset(kTile, j, h), x);
+        store_factors(z, j, h, x);
       }
     }
   }

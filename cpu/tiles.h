@@ -22,13 +22,38 @@ constexpr bool kBf16Products = true;
 constexpr bool kBf16Products = false;
 #endif
 
-// A float product takes its operands as float32 or, where kBf16Products, as pairs of bf16 numbers
-// adjacent in depth, which count as one number of depth.
+// A float product takes its operands as float32 or, where kBf16Products, as pairs of bf16 numbers,
+// which count as one number of depth. Of e4m3 numbers, bf16 numbers and INT8 codes it is exact.
 typedef int32_t Pair;
+
+template <bool kPairs>
+struct FactorOf {  // in an operand whose depth is a tile
+  typedef float Type;
+  static constexpr int64_t kDepth = kTile;
+};
+template <>
+struct FactorOf<true> {
+  typedef Pair Type;
+  static constexpr int64_t kDepth = kTile / 2;
+};
 
 // The bf16 pairs of two vectors, low halves first; the numbers must be representable in bf16.
 inline I pair_of(F low, F high) {
   return (bits_of(low) >> 16 & 0xffff) | (bits_of(high) & ~0xffff);
+}
+
+// Rows j and j + 16 of a tile share a pair, as adjacent vectors of a row do.
+constexpr int64_t kApart = 16;
+static_assert(!kBf16Products || kLanes == kApart, "a row's vectors form pairs");
+inline int64_t pair_row(int64_t row) { return row / (2 * kApart) * kApart + row % kApart; }
+
+// Stores a vector of the right operand [64, columns], row j before row j + 16.
+inline void store_factors(float* panels, int64_t row, int64_t column, F x) {
+  store(panels + panel_offset(kTile, row, column), x);
+}
+inline void store_factors(Pair* panels, int64_t row, int64_t column, F x) {
+  Pair* to = panels + panel_offset(kTile / 2, pair_row(row), column);
+  store(to, row & kApart ? load<I>(to) | (bits_of(x) & ~0xffff) : bits_of(x) >> 16 & 0xffff);
 }
 
 template <class T>
@@ -37,6 +62,27 @@ struct LeftOf {  // the left operand [rows, depth] of a float product, with stri
   int64_t row_stride, depth_stride;
 };
 typedef LeftOf<float> Left;
+
+// A matrix [64, 64] as a left operand, and its transpose; pairs are written to the second argument.
+inline Left as_it_is(const float* matrix, float*) { return {matrix, kTile, 1}; }
+inline Left transposed(const float* matrix, float*) { return {matrix, 1, kTile}; }
+inline LeftOf<Pair> as_it_is(const float* matrix, Pair* pairs) {
+  for (int64_t i = 0; i < kTile * kTile; i += 2 * kLanes) {
+    store(pairs + i / 2, pair_of(loadf(matrix + i), loadf(matrix + i + kLanes)));
+  }
+  return {pairs, kTile / 2, 1};
+}
+inline LeftOf<Pair> transposed(const float* matrix, Pair* pairs) {
+  for (int64_t r = 0; r < kTile; ++r) {
+    if (r & kApart) continue;
+    const float* row = matrix + r * kTile;
+    for (int64_t j = 0; j < kTile; j += kLanes) {
+      I pair = pair_of(loadf(row + j), loadf(row + kApart * kTile + j));
+      store(pairs + pair_row(r) * kTile + j, pair);
+    }
+  }
+  return {pairs, 1, kTile};
+}
 
 template <class T>
 struct Right {  // the right operand, a panel matrix or a range of its rows
@@ -56,25 +102,17 @@ struct Weights {  // one factor for each row of a product (stride 1) or one for 
   int64_t stride;
 };
 
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef F Type;
-};
-template <>
-struct VectorOf<Pair> {
-  typedef I Type;
-};
+inline F load_factors(const float* from) { return load<F>(from); }
+inline I load_factors(const Pair* from) { return load<I>(from); }
 
 template <int kRows, class T>
 inline void float_block(float* c, int64_t ldc, const T* a, LeftOf<T> strides, const T* b,
                         int64_t depth, const float* weight, int64_t weight_stride) {
-  typedef typename VectorOf<T>::Type V;
+  typedef decltype(load_factors(b)) V;
   F sum[kRows][kMicroVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     V x[kMicroVectors];
-    for (int v = 0; v < kMicroVectors; ++v) x[v] = load<V>(b + k * kPanel + v * kLanes);
+    for (int v = 0; v < kMicroVectors; ++v) x[v] = load_factors(b + k * kPanel + v * kLanes);
     for (int r = 0; r < kRows; ++r) {
       V factor = a[r * strides.row_stride + k * strides.depth_stride] - V{};
       for (int v = 0; v < kMicroVectors; ++v) sum[r][v] = multiply_add(factor, x[v], sum[r][v]);
