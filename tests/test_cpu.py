@@ -22,6 +22,7 @@ for _name, _capsule in _native_cpu.registrations().items():
 PV = {"e4m3": 0, "f16": 1, "bf16": 2, "int8": 3}
 DP = {None: 0, "int8": 1, "bf16": 2}
 BACKWARD = {"train8": 0, "sagebwd": 1}
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 F32, S8 = jnp.float32, jnp.int8
 
 
@@ -240,7 +241,7 @@ def test_every_instruction_set_of_this_cpu():
     everything = next(case for case in cases.CASES if case.name == "everything")
     newest = None
     try:
-        for isa in ("generic", "avx2", "avx512", "avx512bf16"):
+        for isa in ISAS:
             if not _native_cpu.select_isa(isa):
                 continue
             assert _native_cpu.isa() == isa
@@ -254,6 +255,37 @@ def test_every_instruction_set_of_this_cpu():
         assert _native_cpu.select_isa(used)
     assert used == newest
     assert not _native_cpu.select_isa("vax")
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_scores_are_the_same_integers_on_every_instruction_set(head_dim):
+    """Codes at both ends of their range, of which sums of pairs or quads must not saturate."""
+    rng = np.random.default_rng(head_dim)
+    q8 = rng.choice([-127, 0, 126, 127], (1, 1, 21, head_dim)).astype(np.int8)
+    k8 = rng.choice([-127, -126, 0, 127], (1, 1, 70, head_dim)).astype(np.int8)
+    q8[0, 0, 0], q8[0, 0, 1], k8[0, 0, 3], k8[0, 0, 69] = 127, -127, 127, -127
+    ones, zeros = (lambda *shape: jnp.ones(shape, F32)), (lambda *shape: jnp.zeros(shape, F32))
+    qq = QuantizedQ(jnp.asarray(q8), ones(1, 1, 21), zeros(1, 1, 21))
+    v = jnp.zeros((1, 1, head_dim, 128), jnp.float8_e4m3fn)
+    channels = ones(1, 1, head_dim)
+    kv = QuantizedKV(
+        jnp.asarray(k8), ones(1, 1, 2), channels, v, channels, channels,
+        jnp.zeros((0,), S8), jnp.zeros((0,), F32),
+    )  # fmt: skip
+    unit = np.float32(1 / 8)
+    options = dict(pv="e4m3", f16_accumulate=False, scale=unit, head_dim=head_dim, out_dtype=F32)
+    top = (q8[0, 0].astype(np.int64) @ k8[0, 0].astype(np.int64).T).max(1).astype(np.float32)
+    expected = top * np.float32(unit * np.float32(np.log2(np.e)))
+    used = _native_cpu.isa()
+    try:
+        for isa in ISAS:
+            if not _native_cpu.select_isa(isa):
+                continue
+            window = dict(window_left=masking.OPEN, window_right=masking.OPEN)
+            m = attend(qq, kv, masking.no_masks(1, 21, 70), **options, **window)[2]
+            assert_same_bits(m[0, 0], jnp.asarray(expected), isa)
+    finally:
+        assert _native_cpu.select_isa(used)
 
 
 def awkward(rng, shape, dtype):
