@@ -53,7 +53,7 @@ inline void store_factors(float* panels, int64_t row, int64_t column, F x) {
 }
 inline void store_factors(Pair* panels, int64_t row, int64_t column, F x) {
   Pair* to = panels + panel_offset(kTile / 2, pair_row(row), column);
-  store(to, row & kApart ? load<I>(to) | (bits_of(x) & ~0xffff) : bits_of(x) >> 16 & 0xffff);
+  store(to, row & kApart ? load<I>(to) | pair_of(F{}, x) : pair_of(x, F{}));
 }
 
 template <class T>

@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = " ".join([given, *wanted]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from instruction_sets import isa  # noqa: E402, F401  (a fixture)
 
 
 def pytest_configure(config):

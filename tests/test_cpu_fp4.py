@@ -10,25 +10,15 @@ from cases import BIAS_CASES, CASES, Case, make_inputs
 from metrics import assert_same_bits, relative_l2
 
 import sage_jax
-from sage_jax import _native_cpu, nvfp4
+from sage_jax import nvfp4
 from sage_jax._ffi import Settings, operation
 from sage_jax.recipe import PRESETS, Recipe
 
 SAGE3 = PRESETS["sage3"]
 BARE = SAGE3.replace(name="bare", smooth_q=False, smooth_k=False, smooth_v=False, four_or_six=False)
 RECIPES = [SAGE3, SAGE3.replace(name="published", published=True), BARE]
-ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 KV = ("k4", "k_scale", "k_tensor", "k_mean", "v4", "v_scale", "v_tensor", "v_mean")
 Q = ("q4", "q_scale", "q_tensor")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _native_cpu.isa()
-    if not _native_cpu.select_isa(request.param):
-        pytest.skip(f"no {request.param} kernels in this build, or on this CPU")
-    yield request.param
-    _native_cpu.select_isa(before)
 
 
 def settings(case, recipe, implementation):
