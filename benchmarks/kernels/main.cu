@@ -23,8 +23,8 @@ using namespace sage::bench;
 namespace {
 
 int time_kernels(const Options& o) {
-  printf("%4s %6s %6s %9s %9s %9s %8s\n", "dim", "seq", "causal", "kv ms", "q ms", "attend ms",
-         "TOPS");
+  printf("%4s %6s %6s %9s %9s %9s %8s %9s %8s\n", "dim", "seq", "causal", "kv ms", "q ms", "attend ms", "TOPS",
+         "all ms", "TOPS");
   for (int dim : o.dim) {
     for (int seq : o.seq) {
       const int heads = o.channels / dim, batch = std::max(1, o.tokens / seq);
@@ -38,8 +38,13 @@ int time_kernels(const Options& o) {
         const AttendParams call = p.params(result, Dtype::kBf16, o.portable);
         const double ms = milliseconds([&] { check(attend(call, nullptr)); });
         const double operations = 4.0 * batch * heads * seq * seq * dim * (causal ? 0.5 : 1.0);
-        printf("%4d %6d %6s %9.4f %9.4f %9.4f %8.1f", dim, seq, causal ? "yes" : "no", kv, q, ms,
-               operations / ms / 1e9);
+        const double all = milliseconds([&] {
+          p.quantize_keys(o.backward);
+          p.quantize_queries();
+          check(attend(call, nullptr));
+        });
+        printf("%4d %6d %6s %9.4f %9.4f %9.4f %8.1f %9.4f %8.1f", dim, seq, causal ? "yes" : "no", kv, q, ms,
+               operations / ms / 1e9, all, operations / all / 1e9);
         if (o.backward) {
           Gradients gradients(p, 9);
           AttendParams forward = call;

@@ -10,9 +10,23 @@ namespace sage {
 
 inline constexpr size_t kDefaultSharedBytes = 48 * 1024;  // more needs the kernel's consent
 
+// The current device's architecture, 80 for compute capability 8.0; 0 where there is no device.
+inline int device_architecture() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
+
+// When a kernel's blocks may come: once the previous kernel has ended, or as soon as it leaves room for them
+// (ptx/grid_dependency.cuh). Early ones gather where there happens to be room, so kernels whose blocks share the work
+// out in equal parts, several to a multiprocessor, start late.
+enum class Start { kLate, kEarly };
+
 template <class Params>
 const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes,
-                   Stream stream, const Params& params) {
+                   Stream stream, const Params& params, Start start = Start::kLate) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;  // empty arrays: nothing to do
   cudaError_t status = cudaSuccess;
   if (shared_bytes > kDefaultSharedBytes) {
@@ -26,6 +40,12 @@ const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
+    // Kernels are compiled to machine code alone: what runs on sm_90 or later was compiled for it, and waits.
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = start == Start::kEarly && device_architecture() >= 90 ? 1 : 0;
     status = cudaLaunchKernelEx(&config, kernel, params);
   }
   if (status == cudaSuccess) return nullptr;
@@ -35,15 +55,6 @@ const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
 
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
-}
-
-// The current device's architecture, 80 for compute capability 8.0; 0 where there is no device.
-inline int device_architecture() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
 }
 
 // Whether its copy engine knows tensors: compute capability 9.0 and later.

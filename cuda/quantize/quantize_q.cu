@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/launch.h"
+#include "ptx/grid_dependency.cuh"
 #include "quantize/rows.cuh"
 
 namespace sage {
@@ -121,6 +122,7 @@ struct QueryCall {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks) quantize_queries(const QueryCall call) {
+  ptx::after_previous_grid();
   const QuantizeQParams& p = call.p;
   __shared__ float scratch[2][Config::Rows::kThreads / kWarpSize];  // in turns: a fast warp is one group ahead
   const QueryShare at(p, call.shares);

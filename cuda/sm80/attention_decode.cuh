@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/decode.h"
+#include "ptx/grid_dependency.cuh"
 #include "quantize/rows.cuh"
 #include "sm80/attention_fwd.cuh"
 
@@ -71,6 +72,7 @@ __device__ __forceinline__ void hide_outside(int (&s)[kKeyGroups][4], RowSoftmax
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads) attention_decode(const DecodeCall call) {
+  ptx::after_previous_grid();
   using Values = typename Config::Values;
   constexpr int kHeadDim = Config::kHeadDim, kWarps = Config::kWarps, kStages = Config::kStages;
   __shared__ float tops[kWarps][kDecodeRows], sums[kWarps][kDecodeRows];
@@ -247,6 +249,7 @@ struct CombineConfig {
 
 template <class Config>
 __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_splits(const DecodeCall call) {
+  ptx::after_previous_grid();
   using Values = typename Config::Values;
   using Combine = CombineConfig<Config>;
   constexpr int kHeadDim = Config::kHeadDim, kWarps = Combine::kWarps, kChannels = Combine::kChannels;
@@ -339,10 +342,10 @@ const char* launch_split(const AttendParams& params, const DecodePlan& plan, Str
   const int64_t rows = static_cast<int64_t>(s.batch) * s.heads * s.queries;
   const char* const error =
       launch(attention_decode<Config>, dim3(static_cast<unsigned>(blocks)), Config::kThreads,
-             Config::kSharedBytes, stream, call);
+             Config::kSharedBytes, stream, call, Start::kEarly);
   if (error != nullptr) return error;
   return launch(combine_splits<Config>, dim3(static_cast<unsigned>(rows)), CombineConfig<Config>::kThreads, 0, stream,
-                call);
+                call, Start::kEarly);
 }
 
 }  // namespace sage::sm80

@@ -73,6 +73,27 @@ __global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall
   if (i < 3 * heads * p.shape.padded_dim + heads) w.x_max[i] = 0;
 }
 
+// The largest magnitudes of eight channels' codes over some tokens, in pairs of 16 bits: channels 0 and 2, 1 and 3, 4
+// and 6, 5 and 7.
+struct LargestCodes {
+  uint32_t most[4] = {}, least[4] = {};
+
+  __device__ __forceinline__ void add(uint2 codes) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // Two bytes of four, each with its sign.
+      const uint32_t pair = ptx::prmt(i < 2 ? codes.x : codes.y, 0, i % 2 == 0 ? 0xa280 : 0xb391);
+      most[i] = __vmaxs2(most[i], pair);
+      least[i] = __vmins2(least[i], pair);
+    }
+  }
+  __device__ __forceinline__ int of(int channel) const {
+    const int i = channel / 4 * 2 + channel % 2, shift = channel % 4 / 2 * 16;
+    const int largest = static_cast<int16_t>(most[i] >> shift), smallest = static_cast<int16_t>(least[i] >> shift);
+    return max(largest, -smallest);
+  }
+};
+
 template <int kHeadDim>
 __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(const BackwardCall p) {
   using Rows = RowBlock<kHeadDim>;
@@ -111,21 +132,29 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(c
         v16[i].load(p.v_dp, Dtype::kBf16, row, channel, kHeadDim);
       }
     }
+    LargestCodes tile_codes;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) tile_codes.add(bad[i] ? make_uint2(0, 0) : k[i]);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      largest[c] = fmaxf(largest[c], static_cast<float>(tile_codes.of(c)) * k_scale);
+    }
+    if (codes) {
+      // Sums of squares below 2^22: exact.
+      float squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) {
+        const int x = static_cast<int>(v8[i].x), y = static_cast<int>(v8[i].y);
+        squares = fmaxf(squares, lanes_sum<Rows::kThreadsPerToken>(
+                                     static_cast<float>(__dp4a(x, x, __dp4a(y, y, 0)))));
+      }
+      norm_max = fmaxf(norm_max, sqrtf(squares) * v_scale);
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       float x[kChannels];
-      unpack_codes(x, k[i]);
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        largest[c] = fmaxf(largest[c], bad[i] ? 0.0f : fabsf(x[c]) * k_scale);
-      }
-      if (codes) {
-        unpack_codes(x, v8[i]);
-      } else {
-        v16[i].unpack(x);
-      }
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) x[c] *= v_scale;
+      v16[i].unpack(x);
       const float top = lanes_max<Rows::kThreadsPerToken>(largest_magnitude(x));
       norm_max = fmaxf(norm_max, norm<Rows::kThreadsPerToken>(x, top));
     }

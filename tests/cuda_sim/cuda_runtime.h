@@ -201,6 +201,24 @@ inline unsigned __vmaxu2(unsigned a, unsigned b) {
   const unsigned low = a << 16 > b << 16 ? a : b, high = a >> 16 > b >> 16 ? a : b;
   return (high & 0xffff0000u) | (low & 0xffffu);
 }
+template <class Pick>
+inline unsigned signed_halves(unsigned a, unsigned b, Pick pick) {
+  const auto half = [&](int shift) {
+    return static_cast<unsigned>(static_cast<uint16_t>(
+        pick(static_cast<int16_t>(a >> shift), static_cast<int16_t>(b >> shift))));
+  };
+  return half(16) << 16 | half(0);
+}
+inline unsigned __vmaxs2(unsigned a, unsigned b) {
+  return signed_halves(a, b, [](int16_t x, int16_t y) { return x > y ? x : y; });
+}
+inline unsigned __vmins2(unsigned a, unsigned b) {
+  return signed_halves(a, b, [](int16_t x, int16_t y) { return x < y ? x : y; });
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
 inline unsigned __brev(unsigned x) {
   unsigned reversed = 0;
   for (int i = 0; i < 32; ++i) reversed |= (x >> i & 1u) << (31 - i);
@@ -252,10 +270,19 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) {
