@@ -68,6 +68,12 @@ def test_complains_about_a_missing_instruction(opcode):
     assert opcode in sentence
 
 
+@pytest.mark.parametrize("arch, wanted", [("89", False), ("90a", True), ("120a", True)])
+def test_kernels_that_start_early_wait_for_the_grid_before(arch, wanted):
+    found = census.expected(census.Kernel(arch, "combine_splits<DecodeConfig E4m3 128 6 196608>"))
+    assert ("ACQBULK" in dict(found)) == wanted
+
+
 WGMMA_MANGLED = "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10E4m3ValuesELi128EEEEEvNS0_11ForwardCallE"
 HALF_MANGLED = (
     "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10HalfValuesILNS_8PvFormatE2EEELi64EEEEEvNS0_11ForwardCallE"

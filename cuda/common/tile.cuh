@@ -52,7 +52,8 @@ struct SharedTile {
     }
   }
 
-  // The same where each row begins right behind the one before.
+  // The same where each row begins right behind the one before. A loop of its own: one for both spills registers in six
+  // kernels of sm_89 and sm_120.
   template <int kThreads>
   static __device__ __forceinline__ void copy_run(uint32_t tile, const void* global, int valid_rows,
                                                   int thread = threadIdx.x) {

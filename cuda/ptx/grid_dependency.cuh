@@ -1,10 +1,11 @@
-// Kernels that follow each other closely (programmatic dependent launch, sm_90 and later): a kernel's blocks come while
-// the one before it in the stream still works, wherever that leaves room, and wait inside.
+// Kernels that follow each other closely (programmatic dependent launch, sm_90 and later): blocks of a kernel that
+// common/launch.h starts early come while the one before it in the stream still works, wherever that leaves room, and
+// wait inside.
 //
-//   after_previous_grid();     // first, in every thread of every kernel; before it no kernel reads or writes memory
+//   after_previous_grid();     // in every thread, before the kernel reads or writes memory
 //
-// common/launch.h launches all kernels that way. A kernel without the call would read what is not yet written, and so
-// would the kernel after it, which waits for this one alone.
+// An early kernel without the call would read what is not yet written, and so would the kernel after it, which waits for
+// this one alone; tools/census.py looks for it. In a kernel that starts late the call lets the next one start early.
 #pragma once
 
 namespace sage::ptx {
