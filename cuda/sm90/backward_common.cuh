@@ -92,20 +92,9 @@ __device__ __forceinline__ void multiply_gradients(float (&sums)[kHeadDim / 2],
   }
 }
 
-// A line through accumulators: value·slope + start for a value held as an integer. The offset of
-// common/scale.cuh is part of `start`; rounding it costs at most 0.75 units of the product.
+// A line through accumulators. A conversion takes as long as the addition of common/scale.cuh; here it is preferred,
+// because its result needs no other start, which would have to be computed, and rounded, for each line.
 struct Line {
-  float slope, start;
-  __device__ __forceinline__ Line(float slope, float start)
-      : slope(slope), start(fmaf(-kMagic, slope, start)) {}
-  __device__ __forceinline__ float at(int accumulator) const {
-    return fmaf(__int_as_float(accumulator + kMagicBits), slope, start);
-  }
-};
-
-// The same with a conversion, which takes as long as the addition: for lines that few values share, because nothing has
-// to be computed first.
-struct ConvertedLine {
   float slope, start;
   __device__ __forceinline__ float at(int accumulator) const {
     return fmaf(static_cast<float>(accumulator), slope, start);

@@ -237,7 +237,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       for (int i = 0; i < 4; ++i) {
         const int n = i / 2, column = i % 2;
         const QueryTerms term = terms[(2 * c + n) * 8 + column];
-        const ConvertedLine score{term.score * k_scale, term.shift}, gradient{term.gain * v_scale, term.offset};
+        const Line score{term.score * k_scale, term.shift}, gradient{term.gain * v_scale, term.offset};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int at = 4 * n + 2 * r + column;
