@@ -193,9 +193,9 @@ def bound_of(recipe, dtype):
 def gradient_bound(recipe, dtype):
     """The same for gradients, whose products are in e4m3 whatever `pv` is.
 
-    Hopper's kernels round the offset of a score (`Line` in sm90/backward_common.cuh), and delta is a sum in any order, so
-    that some codes come out as the next. Where that is one code of the largest G, the key's whole gradient moves by 6% of
-    its part: up to 6.6e-3 of all in eight problems like the cases, a tenth of that as a rule.
+    Delta is a sum in any order, so that some codes come out as the next. Where that is one code of the largest G, the
+    key's whole gradient moves by 6% of its part: up to 6.6e-3 of all in eight problems like the cases, a tenth of that as
+    a rule; seen when Hopper's kernels rounded the offset of a score as well, which they do no more.
     """
     return (1e-2 if recipe.backward == "train8" else 1e-3) + ROUNDING[dtype]
 
