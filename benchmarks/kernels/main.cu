@@ -7,13 +7,13 @@
 //   bench_kernels soak [--problems N] [--seed N] [--first N]
 //   bench_kernels contention
 //
-// `time` prints milliseconds of each operation and the rates of the attention kernels (of train8's
-// backward pass: its pre-pass included). `decode` does so for one to 16 queries of 32 heads, which share
-// eight key heads of the given lengths, with the rate at which codes of K and V are read. `soak` runs
-// random problems, masks and ragged shapes included, through the kernel that the device would get and
-// through the portable one, and fails where results differ by more than rounding. `contention` prints the
-// rates of single instructions on sm_90, alone and beside the matrix unit's products, and what those keep of
-// theirs.
+// `time` prints milliseconds of each operation and of the forward ones together, and the rates of the
+// attention kernels (of train8's backward pass: its pre-pass included). `decode` does so for one to 16
+// queries of 32 heads, which share eight key heads of the given lengths, with the rate at which codes
+// of K and V are read. `soak` runs random problems, masks and ragged shapes included, through the
+// kernel that the device would get and through the portable one, and fails where results differ by more
+// than rounding. `contention` prints the rates of single instructions on sm_90, alone and beside the
+// matrix unit's products, and what those keep of theirs.
 #include "contention.cuh"
 #include "soak.cuh"
 
