@@ -197,23 +197,23 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   });
   return mine.out;
 }
-inline unsigned __vmaxu2(unsigned a, unsigned b) {
-  const unsigned low = a << 16 > b << 16 ? a : b, high = a >> 16 > b >> 16 ? a : b;
-  return (high & 0xffff0000u) | (low & 0xffffu);
+template <class Half, class Pick>
+unsigned pick_halves(unsigned a, unsigned b, Pick pick) {
+  unsigned r = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const Half picked = pick(static_cast<Half>(a >> i), static_cast<Half>(b >> i));
+    r |= static_cast<unsigned>(static_cast<uint16_t>(picked)) << i;
+  }
+  return r;
 }
-template <class Pick>
-inline unsigned signed_halves(unsigned a, unsigned b, Pick pick) {
-  const auto half = [&](int shift) {
-    return static_cast<unsigned>(static_cast<uint16_t>(
-        pick(static_cast<int16_t>(a >> shift), static_cast<int16_t>(b >> shift))));
-  };
-  return half(16) << 16 | half(0);
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return pick_halves<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x > y ? x : y; });
 }
 inline unsigned __vmaxs2(unsigned a, unsigned b) {
-  return signed_halves(a, b, [](int16_t x, int16_t y) { return x > y ? x : y; });
+  return pick_halves<int16_t>(a, b, [](int16_t x, int16_t y) { return x > y ? x : y; });
 }
 inline unsigned __vmins2(unsigned a, unsigned b) {
-  return signed_halves(a, b, [](int16_t x, int16_t y) { return x < y ? x : y; });
+  return pick_halves<int16_t>(a, b, [](int16_t x, int16_t y) { return x < y ? x : y; });
 }
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 4; ++i) c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);

@@ -1,6 +1,8 @@
 // Host version of cuda/ptx/math.cuh.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cmath>
 #include <cstdint>
 
@@ -18,12 +20,9 @@ inline float lg2(float x) { return std::log2(x); }
 
 template <class Value, class Pick>
 uint32_t pick_halves(uint32_t a, uint32_t b, Value value, Pick first) {
-  uint32_t r = 0;
-  for (int i = 0; i < 32; i += 16) {
-    const auto x = static_cast<uint16_t>(a >> i), y = static_cast<uint16_t>(b >> i);
-    r |= static_cast<uint32_t>(std::isnan(value(y)) || first(value(x), value(y)) ? x : y) << i;
-  }
-  return r;
+  return ::pick_halves<uint16_t>(a, b, [&](uint16_t x, uint16_t y) {
+    return std::isnan(value(y)) || first(value(x), value(y)) ? x : y;
+  });
 }
 inline bool larger(float x, float y) { return x >= y; }
 inline bool smaller(float x, float y) { return x <= y; }
