@@ -168,8 +168,12 @@ class Recipe:
 
     @property
     def v_range(self) -> float:
-        """Largest |code| of an e4m3 V. With f16 accumulators 64 keys · 256 (P) · 3.9375 = 64512 stays below 65504."""
-        return 3.9375 if self.f16_accumulate else 448.0
+        """Largest |code| of an e4m3 V: so small that 16-bit sums of P·V stay finite.
+
+        64 keys · 256 (P) · 3.5 is below 65504, and the kernel of sm_90 bounds the sums of a row by its probabilities
+        (`docs/kernels/sm90_forward.md`). Codes below 2^-6 are multiples of 2^-9, 1/1792 of the largest value of a channel.
+        """
+        return 3.5
 
     @property
     def dp_format(self) -> str | None:

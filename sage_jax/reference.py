@@ -22,6 +22,7 @@ from sage_jax.recipe import padded_head_dim
 
 LOG2E = np.float32(1.4426950408889634)
 LN2 = np.float32(0.6931471805599453)
+BOUNDED_P_SCALE = np.float32(64.0)
 P_SCALE = np.float32(256.0)  # E ≤ 1 and |G| ≤ 1.75 stay within e4m3's 448
 INV127 = np.float32(1.0 / 127.0)
 F32 = jnp.float32
@@ -185,13 +186,16 @@ def _exp2_below(s, top):
 
 
 def attend(
-    qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype, key_tile=TILE
-):
+    qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype, key_tile=TILE,
+    bounded=False,
+):  # fmt: skip
     """Attention over quantized operands (`docs/abi.md`, section 3).
 
     Args:
       key_tile: keys, a multiple of 64, after which a kernel looks for a new running maximum. Every value follows the
         contract; kernels are compared with the specification at their own.
+      bounded: as in the kernel of sm_90 for e4m3, whose sums have 16 bits: probabilities take a factor of 64, not 256,
+        and references rise above running maxima where they add up to much (`_bounded_references`).
 
     Returns:
       out [B, T, N, H] in out_dtype; lse, m, l: float32 [B, N, T].
@@ -200,7 +204,7 @@ def attend(
     s, seen, poisoned = _scores(qq, kv, masks, scale, window_left, window_right)
     m = jnp.max(s, axis=-1, initial=-jnp.inf)
     l = jnp.sum(_exp2_below(s, m[..., None]), axis=-1)
-    accumulated = _probabilities_times_values(s, m, kv, pv, f16_accumulate, key_tile // TILE)
+    accumulated = _probabilities_times_values(s, m, kv, pv, f16_accumulate, key_tile // TILE, bounded)
     out = accumulated / jnp.where(l == 0, 1.0, l)[..., None]
     if pv == "e4m3":
         out = out + jnp.where(l[..., None] == 0, 0.0, kv.v_mean[:, :, None, None, :])
@@ -211,7 +215,7 @@ def attend(
     return out, _ungroup(lse), _ungroup(m), _ungroup(l)
 
 
-def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once):
+def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once, bounded):
     """Σ_j P_ij V_j with the recipe's formats, dequantized but not divided by l: float32 [B, K, G, T, Hp].
 
     Probabilities of `at_once` tiles of 64 keys are rounded relative to the row's maximum so far (int8: to the tile's own
@@ -225,6 +229,7 @@ def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once):
         number = top.shape[4]
         last = np.minimum(np.arange(number) // at_once * at_once + at_once, number) - 1
         top = lax.cummax(top, axis=4)[..., last]
+        top = _bounded_references(s, top, at_once) if bounded else top
     weight = _exp2_below(top, m[..., None])
     e = _exp2_below(s, top[..., None])
     if pv in ("f16", "bf16"):
@@ -233,11 +238,43 @@ def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once):
         p, v = jnp.round(127.0 * e), _untransposed(kv)
         weight = weight * INV127 * kv.v_scale[:, :, None, None, :]
     else:
-        p, v = qz.round_e4m3(e * P_SCALE), _untransposed(kv)
-        weight = weight / P_SCALE
+        p_scale = BOUNDED_P_SCALE if bounded else P_SCALE
+        p, v = qz.round_e4m3(e * p_scale), _untransposed(kv)
+        weight = weight / p_scale
     tiles = _half_precision_products if f16_accumulate else _products
     out = jnp.sum(tiles(p, _tiles(v, 2)) * weight[..., None], axis=4)
     return out if pv == "int8" else out * kv.v_scale[:, :, None, None, :]
+
+
+def _bounded_references(s, top, at_once):
+    """What probabilities are relative to, [B, K, G, T, tiles], where 16-bit sums must not overflow.
+
+    The maximum so far, `top`; but 2 more than before where the probabilities that one of a row's four threads has seen (it
+    holds two of each eight keys) add up to more than 36. All starts again after 2048 keys, whose sums go to float32 ones
+    (`kMostProbability` and `kExactKeys` in cuda/sm90/forward_values.cuh).
+    """
+    tiles = s.shape[4]
+    s = jnp.pad(s, ((0, 0),) * 4 + ((0, -tiles % at_once), (0, 0)), constant_values=-jnp.inf)
+    s = s.reshape(*s.shape[:4], -1, at_once * TILE // 8, 4, 2)
+    top_of_step = top[..., ::at_once]
+    before = jnp.pad(top_of_step[..., :-1], ((0, 0),) * 4 + ((1, 0),), constant_values=-jnp.inf)
+    starts = np.arange(s.shape[4]) % (2048 // (at_once * TILE)) == 0
+
+    def step(state, tile):
+        reference, sums = state
+        scores, highest, highest_before, starts = tile
+        reference = jnp.where(starts, highest_before, reference)
+        sums = jnp.where(starts, 0.0, sums)
+        floor = jnp.where(jnp.max(sums, axis=-1) > 36.0, reference + 2.0, reference)
+        now = jnp.maximum(floor, highest)
+        sums = sums * _exp2_below(reference, now)[..., None]
+        sums = sums + jnp.sum(_exp2_below(scores, now[..., None, None, None]), axis=(-3, -1))
+        return (now, sums), now
+
+    start = jnp.full(top.shape[:4], -jnp.inf, F32), jnp.zeros((*top.shape[:4], 4), F32)
+    steps = *(jnp.moveaxis(x, 4, 0) for x in (s, top_of_step, before)), starts
+    _, references = lax.scan(step, start, steps)
+    return jnp.repeat(jnp.moveaxis(references, 0, 4), at_once, axis=4)[..., :tiles]
 
 
 def _untransposed(kv):

@@ -58,7 +58,7 @@ def test_cuda_calls_have_the_operands_and_attributes_of_the_contract():
     text = cuda_text(gradients, *inputs(jnp.bfloat16))
     lines = {name: next(x for x in text.splitlines() if f"@{name}(" in x) for name in TARGETS}
     quantize, _, forward, backward = (lines[name] for name in TARGETS)
-    assert "dp = 1 : i32" in quantize and "v_range = 4.480000e+02 : f32" in quantize
+    assert "dp = 1 : i32" in quantize and "v_range = 3.500000e+00 : f32" in quantize
     assert "smooth_k = 1 : i32" in quantize and "smooth_v = 1 : i32" in quantize
     mean = "tensor<2x2x64xf32>"  # means of K and V, scale of V
     assert quantize.count(mean) == 3 and forward.count(mean) == 2 and backward.count(mean) == 2

@@ -104,20 +104,20 @@ def specified(case, recipe):
     return inputs, *forward_on_host(case, recipe, inputs)
 
 
-def key_tile(case, recipe):
-    """Keys between two looks for a running maximum: 128 in the kernels for Hopper's warpgroups, 64 in all others."""
+def on_warpgroups(case, recipe):
+    """Whether the kernels for Hopper's warpgroups run it: they look for a running maximum every 128 keys, others every 64."""
     hopper = jax.devices("cuda")[0].compute_capability == "9.0"
-    warpgroups = recipe.pv != "int8" and not recipe.f16_accumulate and case.H <= 128
-    return 128 if hopper and warpgroups else 64
+    return hopper and recipe.pv != "int8" and not recipe.f16_accumulate and case.H <= 128
 
 
-@functools.partial(jax.jit, static_argnames=("case", "recipe", "tile"))
-def specified_rows(case, recipe, tile, qq, kv, masks):
+@functools.partial(jax.jit, static_argnames=("case", "recipe", "warpgroups"))
+def specified_rows(case, recipe, warpgroups, qq, kv, masks):
     settings = settings_of(case, recipe, "reference")
     return reference.attend(
         qq, kv, masks, pv=recipe.pv, f16_accumulate=recipe.f16_accumulate, scale=settings.scale,
         window_left=settings.window_left, window_right=settings.window_right,
-        head_dim=settings.head_dim, out_dtype=settings.dtype, key_tile=tile,
+        head_dim=settings.head_dim, out_dtype=settings.dtype,
+        key_tile=128 if warpgroups else 64, bounded=warpgroups and recipe.pv == "e4m3",
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def output_on_host(case, recipe, qq, kv, masks):
     """The specified output at the running maxima of the kernel that this GPU takes."""
     with host():
         return np.asarray(
-            specified_rows(case, recipe, key_tile(case, recipe), qq, kv, masks)[0]
+            specified_rows(case, recipe, on_warpgroups(case, recipe), qq, kv, masks)[0]
         )
 
 
@@ -175,9 +175,10 @@ def assert_agree(actual, expected, bound, name):
 
 
 ROUNDING = {"float32": 0.0, "bfloat16": 2**-9, "float16": 2**-12}
-# Rounding P relative to the maximum of 128 keys or of 64 gives other codes in the tiles before a row's largest score:
-# two draws of e4m3's rounding error of P, about .018, on at most all of a short row.
-EARLY_TILES = 0.025
+# Rounding P relative to the maximum of 128 keys or of 64 gives other codes in the tiles before a row's largest score, and
+# so does a reference above the maximum in all tiles: two draws of e4m3's rounding error, .026, are sqrt(2) times that
+# apart. .032 is the most that was seen in 150 random problems.
+EARLY_TILES = 0.04
 
 
 def bound_of(recipe, dtype):
@@ -224,7 +225,7 @@ def test_forward_follows_the_specification(case, recipe):
     # A score's offset is rounded to 0.75 units of the INT8 product (sm90/forward_softmax.cuh), so that now and then a
     # probability takes the next e4m3 code; most of all where a score is the product of one channel.
     unit = float(np.nanmax(qq.q_scale) * np.abs(kv.k_scale).max() * case.H**-0.5)
-    if key_tile(case, recipe) == 64:
+    if not on_warpgroups(case, recipe):
         assert_agree(out, expected[0], bound_of(recipe, case.dtype), "out")
     else:
         specified_out = output_on_host(case, recipe, qq, kv, masks)
@@ -265,7 +266,7 @@ def test_bad_tokens_reach_the_rows_that_see_them(recipe, value):
     rows = on_host("attend", case, recipe, *attend_operands(qq, kv, masks))
     ours = on_gpu("attend", case, recipe, *attend_operands(qq, kv, masks))
     specified_out = rows[0]
-    if key_tile(case, recipe) != 64:
+    if on_warpgroups(case, recipe):
         specified_out = output_on_host(case, recipe, qq, kv, masks)
     assert_agree(ours[0], specified_out, bound_of(recipe, "float32"), "out")
     sees = np.zeros((2, 150, 4), bool)
@@ -332,7 +333,7 @@ def test_random_problems_with_fresh_data(number):
     ours = gradients_on_gpu(case, recipe, *inputs)
     expected = gradients_on_host(case, recipe, inputs)
     bound = {name: gradient_bound(recipe, case.dtype) for name in ("lse", "dq", "dk", "dv")}
-    bound["out"] = bound_of(recipe, case.dtype) if key_tile(case, recipe) == 64 else EARLY_TILES
+    bound["out"] = EARLY_TILES if on_warpgroups(case, recipe) else bound_of(recipe, case.dtype)
     if recipe.delta == "output":  # out is part of dS
         bound["dq"] = bound["dk"] = max(bound["dq"], bound["out"])
     for name, actual, one in zip(("out", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
@@ -411,6 +412,19 @@ def test_a_mean_of_the_values_costs_nothing(recipe, head_dim):
         exact, shifted = accuracy.exact(q, k, v)["o"], v + mean
     out = dot_product_attention(q, k, shifted, recipe=recipe, implementation="cuda")
     assert relative_l2(np.asarray(out) - np.asarray(mean), exact) < 0.06
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", [300, 8192])
+def test_sums_of_many_equal_probabilities_stay_finite(keys, head_dim):
+    """Scores that are all the same, and the largest values of one sign before those of the other: as sums of e4m3 codes
+    with 16 bits, 600 such products would overflow."""
+    rows = np.arange(1, keys + 1)
+    exact = np.where(rows <= keys // 2, 1.0, (keys // 2) / rows * 2 - 1.0)
+    v = jnp.where(jnp.arange(keys) < keys // 2, 1.0, -1.0)[None, :, None, None] * jnp.ones((1, 1, 1, head_dim))
+    q, k = jnp.zeros_like(v), jax.random.normal(jax.random.key(0), v.shape)
+    out = dot_product_attention(q, k, v, is_causal=True, recipe="sage2")
+    np.testing.assert_allclose(np.asarray(out)[0, :, 0], np.broadcast_to(exact[:, None], (keys, head_dim)), atol=0.03)
 
 
 @pytest.mark.parametrize("magnitude", [1e-20, 1e4])

@@ -57,6 +57,44 @@ def test_forward_is_near_exact_attention(case):
     assert np.abs(np.asarray(lse - exact_lse)[~empty]).max(initial=0.0) < 0.15
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
+def test_bounded_references_keep_sums_small(spread):
+    """What `_bounded_references` is for: codes of P (factor 64) and V (at most 3.5) with sums below half precision's 65504."""
+    rng = np.random.default_rng(0)
+    number = 70
+    s = (spread * rng.standard_normal((1, 1, 1, 40, number, 64))).astype(np.float32)
+    s[0, 0, 0, 0] = np.linspace(0, 30, number * 64).reshape(number, 64)  # maxima that rise all the time
+    pairs = np.repeat(s.max(-1).reshape(1, 1, 1, 40, number // 2, 2).max(-1), 2, axis=-1)
+    top = np.maximum.accumulate(pairs, axis=-1)
+    references = np.asarray(reference._bounded_references(jnp.asarray(s), jnp.asarray(top), 2))
+    assert (references >= top).all() and (references[..., ::2] == references[..., 1::2]).all()
+    for first in range(0, number, 32):  # 2048 keys
+        assert (np.diff(references[..., first : first + 32]) >= 0).all()
+        for tile in range(first + 1, min(first + 32, number), 2):
+            p = np.exp2(s[..., first : tile + 1, :] - references[..., tile, None, None])
+            assert p.sum((-1, -2)).max() * 64 * 17 / 16 * 3.5 < 65504
+    assert (references > top)[0, 0, 0, 1:].any() == (spread < 6)
+
+
+@pytest.mark.parametrize("right", [OPEN, 0])
+def test_bounded_references_cost_no_accuracy(right):
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 1000, 1, 64)), jnp.float32) for _ in range(3))
+    masks = no_masks(1, 1000, 1000)
+    settings = dict(scale=0.125, window_left=OPEN, window_right=right)
+    exact, _ = reference.exact_attention(q, k, v, masks, **settings)
+    recipe = PRESETS["sage2"]
+    kv = reference.quantize_kv(
+        k, v, masks.bounds, pv="e4m3", v_range=recipe.v_range, smooth_k=True, smooth_v=True, dp=None
+    )
+    qq = reference.quantize_q(q, kv.k_mean, masks.bounds, q_block=recipe.q_block, scale=0.125)
+    options = dict(pv="e4m3", f16_accumulate=False, head_dim=64, out_dtype=jnp.float32, key_tile=128, **settings)
+    errors = [
+        relative_l2(reference.attend(qq, kv, masks, bounded=bounded, **options)[0], exact) for bounded in (False, True)
+    ]
+    assert errors[0] != errors[1] and abs(errors[1] - errors[0]) < 1e-3
+
+
 @pytest.mark.parametrize("name", FORWARD_BOUND)
 @pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[15]], ids=str)
 def test_every_recipe_is_near_exact_attention(case, name):

@@ -17,8 +17,9 @@
 
 namespace sage::bench {
 
-// INT8 with both operands in shared memory, as Q·Kᵀ; e4m3 with A in registers, as P·V.
-enum class Products { kNone, kInt8, kE4m3 };
+// INT8 with both operands in shared memory, as Q·Kᵀ; e4m3 with A in registers, as P·V, and sums of 32 or 16 bits.
+enum class Products { kNone, kInt8, kE4m3, kE4m3Half };
+inline constexpr int kProductKinds = 4;
 
 inline constexpr int kContenders = 3 * 128;  // threads: the first warpgroup multiplies
 inline constexpr int kBatch = 32;            // products between two waits for them, which take 3% of the time
@@ -119,14 +120,14 @@ struct Softmax {
       int best = max(s[32 * h + 2 * r], s[32 * h + 2 * r + 1]);
 #pragma unroll
       for (int n = 1; n < 8; ++n) best = max(max(best, s[32 * h + 4 * n + 2 * r]), s[32 * h + 4 * n + 2 * r + 1]);
-      const float x = accumulated(best + Config::kScoreOffset) * multiplier[h][r];
+      const float x = (__int_as_float(best) - Config::kStart) * multiplier[h][r];
       top[r] = h == 0 ? x : fmaxf(top[r], x);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i / 2, h = i % 2;
       if (h == 0) m[r] = fmaxf(m[r], quad_max(top[r]));
-      shift[h][r] = fmaf(-kMagic, multiplier[h][r], Config::Values::kExponentBias - m[r]);
+      shift[h][r] = fmaf(-Config::kStart, multiplier[h][r], Config::Values::kExponentBias - m[r]);
     }
     sm90::exponentials<Config>(s, multiplier, shift, zero, l, p);
 #pragma unroll
@@ -153,7 +154,8 @@ __device__ __forceinline__ bool any_of_warpgroup(int barrier, bool x) {
 template <class Sum>
 __device__ __forceinline__ void multiply(uint32_t units, const volatile int& done, Clocks* clocks,
                                          volatile uint32_t* memory) {
-  Sum d[64] = {};
+  constexpr int kSums = std::is_same_v<Sum, uint32_t> ? 32 : 64;  // pairs of 16 bits
+  Sum d[kSums] = {};
   uint32_t a[16], batches = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) a[i] = memory[kContenders + i];
@@ -165,6 +167,8 @@ __device__ __forceinline__ void multiply(uint32_t units, const volatile int& don
       const uint64_t b = ptx::shared_operand<128, 0, 1024>(units + 512 + 2 * (i % 4));
       if constexpr (std::is_same_v<Sum, int>) {
         ptx::wgmma_m64k32_s32_s8(d, ptx::shared_operand<128, 0, 1024>(units + 2 * (i % 4)), b, 1);
+      } else if constexpr (std::is_same_v<Sum, uint32_t>) {
+        ptx::wgmma_m64k32_f16_e4m3(d, a + 4 * (i % 4), b, 1);
       } else {
         ptx::wgmma_m64k32_f32_e4m3(d, a + 4 * (i % 4), b, 1);
       }
@@ -180,7 +184,7 @@ __device__ __forceinline__ void multiply(uint32_t units, const volatile int& don
   }
   Sum all = 0;
 #pragma unroll
-  for (int i = 0; i < 64; ++i) all += d[i];
+  for (int i = 0; i < kSums; ++i) all += d[i];
   memory[threadIdx.x] = static_cast<uint32_t>(static_cast<int>(all));
 }
 #endif
@@ -201,6 +205,7 @@ __global__ void __launch_bounds__(kContenders, 1)
     const uint32_t units = ptx::shared_address(operands) / 16;
     if (products == Products::kInt8) multiply<int>(units, done, clocks, memory);
     if (products == Products::kE4m3) multiply<float>(units, done, clocks, memory);
+    if (products == Products::kE4m3Half) multiply<uint32_t>(units, done, clocks, memory);
   } else {
     Work work(memory + kContenders, zero);
     ptx::bar_sync(1, kContenders - 128);
@@ -217,9 +222,9 @@ __global__ void __launch_bounds__(kContenders, 1)
 #endif
 }
 
-// Alone, beside INT8 and beside e4m3 products: clocks of a round, and of a product meanwhile.
+// Alone and beside each kind of products: clocks of a round, and of a product meanwhile.
 struct Contention {
-  double round[3], product[3];
+  double round[kProductKinds], product[kProductKinds];
   bool ran = false;
 };
 
@@ -229,7 +234,7 @@ inline Contention measure() {
   Buffer<Clocks> clocks(1);
   Buffer<uint32_t> memory(kContenders + 64);
   check(cudaMemset(memory.data, 0, memory.count * sizeof(uint32_t)), "cudaMemset");
-  for (int kind = 0; kind < 3; ++kind) {
+  for (int kind = 0; kind < kProductKinds; ++kind) {
     clocks.upload({{kNotRun, 0, 1}});
     for (int i = 0; i < 2; ++i) {  // the first brings the code into the caches
       contend<Work><<<1, kContenders>>>(static_cast<Products>(kind), clocks.data, memory.data, 0.0f);

@@ -88,7 +88,7 @@ void print_rates(const Contention& full) {
   const Contention x = measure<Work>();
   printf("%-10s", Instruction::kName);
   for (double clocks : x.round) printf(" %9.3f", 2.0 * Work::kPasses * Instruction::kPerPass / clocks);
-  for (int i = 1; i < 3; ++i) printf(" %8.0f%%", 100 * full.product[i] / x.product[i]);
+  for (int i = 1; i < kProductKinds; ++i) printf(" %8.0f%%", 100 * full.product[i] / x.product[i]);
   printf("\n");
   fflush(stdout);
 }
@@ -107,15 +107,16 @@ int print_contention() {
     fprintf(stderr, "bench_kernels: contention needs an sm_90 device and kernels built for 90a\n");
     return 2;
   }
-  printf("a product of 64 x 128 x 32 alone: INT8 %.1f clocks, e4m3 %.1f\n\n", full.product[1], full.product[2]);
-  printf("%-10s %29s %19s\n", "", "rate per clock and scheduler", "products' share");
-  printf("%-10s %9s %9s %9s %9s %9s\n", "", "alone", "with INT8", "with e4m3", "INT8", "e4m3");
+  printf("a product of 64 x 128 x 32 alone: INT8 %.1f clocks, e4m3 %.1f, with sums of 16 bits %.1f\n\n", full.product[1],
+         full.product[2], full.product[3]);
+  printf("%-10s %39s %29s\n", "", "rate per clock and scheduler", "products' share");
+  printf("%-10s %9s %9s %9s %9s %9s %9s %9s\n", "", "alone", "with INT8", "with e4m3", "16 bits", "INT8", "e4m3", "16 bits");
   print_all_rates<Ffma, Fadd, Iadd, Vimnmx3, Fmnmx, Mufu, F2fpE4m3, F2fpF16, Lop3, Hfma2, Imad, I2f>(full);
   const Contention x = measure<Softmax>();
   printf("\nsoftmax of two tiles of 64 x 128: %.0f clocks alone, %.0f with INT8 (products' share %.0f%%), %.0f with "
-         "e4m3 (%.0f%%)\n",
-         x.round[0], x.round[1], 100 * full.product[1] / x.product[1], x.round[2],
-         100 * full.product[2] / x.product[2]);
+         "e4m3 (%.0f%%), %.0f with sums of 16 bits (%.0f%%)\n",
+         x.round[0], x.round[1], 100 * full.product[1] / x.product[1], x.round[2], 100 * full.product[2] / x.product[2],
+         x.round[3], 100 * full.product[3] / x.product[3]);
   return 0;
 }
 

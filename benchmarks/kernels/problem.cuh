@@ -169,7 +169,7 @@ struct Problem {
     p.shape = shape;
     p.k_dtype = p.v_dtype = Dtype::kBf16;
     p.k = k.data, p.v = v.data, p.bounds = bounds.data;
-    p.pv = pv, p.dp = with_gradients ? DpFormat::kInt8 : DpFormat::kNone, p.v_range = 448.0f;
+    p.pv = pv, p.dp = with_gradients ? DpFormat::kInt8 : DpFormat::kNone, p.v_range = 3.5f;
     p.smooth_k = true, p.smooth_v = pv == PvFormat::kE4m3;
     p.k8 = k8.data, p.k_scale = k_scale.data, p.k_mean = k_mean.data;
     p.v_pv = v_pv.data, p.v_scale = v_scale.data, p.v_mean = v_mean.data;

@@ -7,7 +7,7 @@
 //   wgmma_wait_group<1>();     // all groups but the newest are complete
 //   keep_in_registers(d);      // stops the compiler from reading d before that
 //
-// The products have as many columns as two times the accumulators of a thread: 64 or 128.
+// The products have 64 or 128 columns: two for each accumulator of a thread.
 // Warp w of the group holds rows 16w + g and 16w + g + 8 of A and D, laid out as in ptx/mma_sync.cuh;
 // n8 tile i of D is d[4i .. 4i + 3]. Operands in shared memory are given by descriptors
 // (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout").
@@ -83,6 +83,30 @@ __device__ __forceinline__ void wgmma_m64k32_s32_s8(int (&d)[64], uint64_t a, ui
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
+// The same for e4m3, D = A·B: the bits of floats, for sums of integers to start at.
+
+__device__ __forceinline__ void wgmma_m64k32_f32_e4m3(int (&bits)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, p, 1, 1; }"
+      : SAGE_D32("+r", bits)
+      : "l"(a), "l"(b), "r"(0));
+}
+
+__device__ __forceinline__ void wgmma_m64k32_f32_e4m3(int (&bits)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, %64, %65, p, 1, 1; }"
+      : SAGE_D64("+r", bits)
+      : "l"(a), "l"(b), "r"(0));
+}
+
 // A in registers, B in shared memory, K-major. The sum keeps about 14 bits.
 
 __device__ __forceinline__ void wgmma_m64k32_f32_e4m3(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
@@ -104,6 +128,28 @@ __device__ __forceinline__ void wgmma_m64k32_f32_e4m3(float (&d)[64], const uint
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
       "}, {%64, %65, %66, %67}, %68, p, 1, 1; }"
       : SAGE_D64("+f", d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+// The same with sums of 16 bits, rounded to nearest after each 32 products: a register holds two columns, and
+// accumulators take half of the register file's bandwidth.
+
+__device__ __forceinline__ void wgmma_m64k32_f16_e4m3(uint32_t (&d)[16], const uint32_t* a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n64k32.f16.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1; }"
+      : SAGE_D16("+r", d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+__device__ __forceinline__ void wgmma_m64k32_f16_e4m3(uint32_t (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
+      : SAGE_D32("+r", d)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 

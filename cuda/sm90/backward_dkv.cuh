@@ -292,7 +292,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       const int channel = i / 4 * 8 + first_channel + (i & 1);
       x[i] *= factor * channel_scale(maxima, static_cast<int64_t>(now.kv_plane) * kHeadDim + channel);
     }
-    store_rows<kHeadDim>(sums, x, out, dtype, first, shape.keys - first_row,
+    store_rows<kHeadDim>(sums, FromArray<kHeadDim>{x}, out, dtype, first, shape.keys - first_row,
                          static_cast<int64_t>(shape.kv_heads) * shape.head_dim, shape.head_dim);
   };
   finish(dk, region, p.w.y_max, p.scale * (1.0f / 256.0f), p.dk, p.dk_dtype);

@@ -223,7 +223,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   const int64_t first =
       ((static_cast<int64_t>(b) * p.shape.queries + row + warp_row) * p.shape.heads + n) *
       p.shape.head_dim;
-  store_rows<kHeadDim>(region, dq, p.dq, p.dq_dtype, first, p.shape.queries - row - warp_row,
+  store_rows<kHeadDim>(region, FromArray<kHeadDim>{dq}, p.dq, p.dq_dtype, first, p.shape.queries - row - warp_row,
                        static_cast<int64_t>(p.shape.heads) * p.shape.head_dim, p.shape.head_dim);
 }
 

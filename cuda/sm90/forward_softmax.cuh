@@ -1,8 +1,7 @@
 // From INT8 scores in wgmma accumulators to probabilities: masks, exponentials, sums.
 //
 // Lane 4g + t of a warp holds in s[4n], s[4n + 1] the scores of row g and keys 8n + 2t, 8n + 2t + 1, in
-// s[4n + 2], s[4n + 3] those of row g + 8, as integers that Config::kScoreOffset turns into the
-// accumulators of common/scale.cuh.
+// s[4n + 2], s[4n + 3] those of row g + 8, as the bits of floats that start at Config::kStart.
 #pragma once
 
 #include "common/mask.cuh"
@@ -17,13 +16,12 @@ namespace sage::sm90 {
 template <class Config>
 __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask, int query, int key,
                                      bool bad_keys, const unsigned char* tile, float (&l)[2]) {
-  constexpr int kHidden = static_cast<int>(static_cast<uint32_t>(kNoScore) - Config::kScoreOffset);
   const int t = static_cast<int>(threadIdx.x) % 4;
   if (!bad_keys && mask.spans_only()) {
     const Span seen[2] = {mask.keys_of(query), mask.keys_of(query + 8)};
 #pragma unroll
     for (int i = 0; i < Config::kScores; ++i) {
-      s[i] = seen[i >> 1 & 1].contains(key + 2 * t + i / 4 * 8 + (i & 1)) ? s[i] : kHidden;
+      s[i] = seen[i >> 1 & 1].contains(key + 2 * t + i / 4 * 8 + (i & 1)) ? s[i] : kNoScore;
     }
     return;
   }
@@ -44,13 +42,13 @@ __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask
     if (bad & 1) l[0] = NAN;
     if (bad & 2) l[1] = NAN;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) s[part + i] = seen >> i & 1 ? s[part + i] : kHidden;
+    for (int i = 0; i < 32; ++i) s[part + i] = seen >> i & 1 ? s[part + i] : kNoScore;
   }
 }
 
 // Probabilities of 16 keys at a time, with two warpgroups in a pipeline: while the unit for exponentials works on some, the
 // arguments of the next are computed, and the ones before are summed and packed. e = 2^(score ·
-// multiplier + shift), whose shift takes the accumulators' offset away again: kMagic · multiplier, rounded,
+// multiplier + shift), whose shift takes the accumulators' start away again: kStart · multiplier, rounded,
 // is off by at most 0.75 units of the INT8 product, which itself is off by about 200.
 // `zero` makes arguments depend on earlier results, for ptxas: it computes all arguments first otherwise,
 // and leaves that unit alone with the rest.
@@ -66,11 +64,13 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
   float x[2][kChunk], e[2][kChunk] = {}, sum[2][2] = {};
   const auto argue = [&](int c) {
     const int h = c * 16 / kTileKeys;
-    const int offset = c > 1 && kAhead > 0 ? __float_as_int(fmaf(e[c & 1][0], zero, kMagic)) : Config::kScoreOffset;
+    float start[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) start[r] = c > 1 && kAhead > 0 ? fmaf(e[c & 1][2 * r], zero, shift[h][r]) : shift[h][r];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int r = i >> 1 & 1;
-      x[c & 1][i] = fmaf(__int_as_float(scores[kChunk * c + i] + offset), multiplier[h][r], shift[h][r]);
+      x[c & 1][i] = fmaf(__int_as_float(scores[kChunk * c + i]), multiplier[h][r], start[r]);
     }
   };
   const auto finish = [&](int c) {

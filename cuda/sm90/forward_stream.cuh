@@ -26,9 +26,8 @@ template <int kRows, int kHeadDim>
 struct WorkSlot {
   Mask mask;
   int row;
-  float q_scale[kRows];
-  float v_scale[kHeadDim];
-  const float* v_mean;  // [kHeadDim], in global memory: shared memory is full
+  alignas(8) float q_scale[kRows];
+  float v_scale[kHeadDim], v_mean[kHeadDim];
 };
 
 // What consumers need of a tile of keys.
@@ -73,16 +72,19 @@ class Producer {
     kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
     // All loads are under way before the first is used, and before the slot is free.
     constexpr int kQ = Config::kRows / kWarpSize, kV = Config::kHeadDim / kWarpSize;
-    float q[kQ], v[kV];
+    float q[kQ], v[kV], mean[kV];
     const int64_t first = static_cast<int64_t>(plane) * p.shape.queries + work.row + lane();
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       const bool inside = work.row + lane() + i * kWarpSize < p.shape.queries;
       q[i] = inside ? p.q_scale[first + i * kWarpSize] : 0.0f;
     }
-    const float* const v_scale = p.v_scale + static_cast<int64_t>(kv_plane_) * Config::kHeadDim + lane();
+    const int64_t channel = static_cast<int64_t>(kv_plane_) * Config::kHeadDim + lane();
 #pragma unroll
-    for (int i = 0; i < kV; ++i) v[i] = v_scale[i * kWarpSize];
+    for (int i = 0; i < kV; ++i) {
+      v[i] = p.v_scale[channel + i * kWarpSize];
+      mean[i] = p.v_mean[channel + i * kWarpSize];
+    }
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
     ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);
@@ -90,12 +92,14 @@ class Producer {
     if (lane() == 0) {
       slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
       slot.row = work.row;
-      slot.v_mean = p.v_mean + static_cast<int64_t>(kv_plane_) * Config::kHeadDim;
     }
 #pragma unroll
     for (int i = 0; i < kQ; ++i) slot.q_scale[lane() + i * kWarpSize] = q[i];
 #pragma unroll
-    for (int i = 0; i < kV; ++i) slot.v_scale[lane() + i * kWarpSize] = v[i];
+    for (int i = 0; i < kV; ++i) {
+      slot.v_scale[lane() + i * kWarpSize] = v[i];
+      slot.v_mean[lane() + i * kWarpSize] = mean[i];
+    }
     const uint32_t full = base_ + Config::slot_full(slot_index);
     if (lane() == 0) {
       ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);

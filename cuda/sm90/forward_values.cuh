@@ -7,6 +7,7 @@
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/cvt.cuh"
 #include "ptx/wgmma.cuh"
+#include "sm90/forward_sums.cuh"
 
 namespace sage::sm90 {
 
@@ -15,13 +16,23 @@ namespace sage::sm90 {
 struct E4m3Values {
   static constexpr PvFormat kFormat = PvFormat::kE4m3;
   static constexpr int kElementBytes = 1;
-  // Products and sums in the matrix unit keep about 14 bits of the largest and are cut off, not rounded:
-  // where values have a mean, the output loses about 1e-5 of itself with every key. After this many keys
-  // the sums are added to float32 ones.
-  static constexpr int kExactKeys = 2048;
+  template <int kHeadDim>
+  using Sums = HalfSums<kHeadDim>;
   static constexpr int kRegisters = 2;  // of A, for 16 keys
-  static constexpr float kExponentBias = 8.0f;  // E·256
-  static constexpr float kUnit = 0x1p-8f;       // what undoes it
+  static constexpr float kExponentBias = 6.0f;  // E·64
+  static constexpr float kUnit = 0x1p-6f;       // what undoes it
+  // Products in the matrix unit are cut off about 13 bits below the sum that they are added to. After this many keys the
+  // sums are added to float32 ones.
+  static constexpr int kExactKeys = 2048;
+  // Sums of 16 bits must not overflow. Where a row's probabilities, as one of its four threads sees them, add up to more
+  // than kMostProbability, its reference, which is its maximum otherwise, rises by kRaise, and all of the row shrinks. So
+  // they add up to at most four times that before a tile, to 128 more after it; with codes of P that may be rounded up by
+  // 1/16, and values of at most kValueRange (`v_range` in docs/abi.md), that much is finite.
+  static constexpr bool kBounded = true;
+  static constexpr float kMostProbability = 36.0f, kRaise = 2.0f, kValueRange = 3.5f;
+  static_assert((4 * kMostProbability + 128) / kUnit * 1.0625f * kValueRange < 65504 &&
+                    (4 * kMostProbability + 128) / 4 <= 4 * kMostProbability,
+                "the sums fit 16 bits, now and after the next tile");
 
   template <class Config>
   static __device__ __forceinline__ void copy(uint32_t tile, const void* map, uint32_t barrier,
@@ -43,12 +54,12 @@ struct E4m3Values {
 
   // `tile` in 16-byte units.
   template <class Config>
-  static __device__ __forceinline__ void multiply(float (&o)[Config::kHeadDim / 2],
-                                                  const uint32_t* a, uint32_t tile, int accumulate) {
+  static __device__ __forceinline__ void multiply(Sums<Config::kHeadDim>& o, const uint32_t* a, uint32_t tile,
+                                                  int accumulate) {
 #pragma unroll
     for (int step = 0; step < Config::kKeys / 32; ++step) {
       const uint64_t b = ptx::shared_operand<Config::kKeys, 0, 8 * Config::kKeys>(tile + 2 * step);
-      ptx::wgmma_m64k32_f32_e4m3(o, a + 4 * step, b, step == 0 ? accumulate : 1);
+      ptx::wgmma_m64k32_f16_e4m3(o.d, a + 4 * step, b, step == 0 ? accumulate : 1);
     }
   }
 };
@@ -58,6 +69,9 @@ template <PvFormat kFormat_>
 struct HalfValues {
   static constexpr PvFormat kFormat = kFormat_;
   static constexpr int kElementBytes = 2;
+  template <int kHeadDim>
+  using Sums = FloatSums<kHeadDim>;
+  static constexpr bool kBounded = false;
   static constexpr int kExactKeys = 0;  // float32 sums in the matrix unit
   static constexpr int kRegisters = 4;  // of A, for 16 keys
   static constexpr float kExponentBias = 0.0f;
@@ -84,16 +98,16 @@ struct HalfValues {
   }
 
   template <class Config>
-  static __device__ __forceinline__ void multiply(float (&o)[Config::kHeadDim / 2],
-                                                  const uint32_t* a, uint32_t tile, int accumulate) {
+  static __device__ __forceinline__ void multiply(Sums<Config::kHeadDim>& o, const uint32_t* a, uint32_t tile,
+                                                  int accumulate) {
 #pragma unroll
     for (int step = 0; step < Config::kKeys / 16; ++step) {
       const uint64_t b = ptx::shared_operand<128, Config::kKeys * 128, 1024>(tile + 128 * step);
       const int sum = step == 0 ? accumulate : 1;
       if constexpr (kFormat == PvFormat::kF16) {
-        ptx::wgmma_m64k16_f32_f16(o, a + 4 * step, b, sum);
+        ptx::wgmma_m64k16_f32_f16(o.d, a + 4 * step, b, sum);
       } else {
-        ptx::wgmma_m64k16_f32_bf16(o, a + 4 * step, b, sum);
+        ptx::wgmma_m64k16_f32_bf16(o.d, a + 4 * step, b, sum);
       }
     }
   }

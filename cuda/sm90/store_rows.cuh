@@ -4,21 +4,26 @@
 #include "common/store.cuh"
 #include "common/tile.cuh"
 #include "ptx/math.cuh"
+#include "sm90/forward_sums.cuh"
 
 namespace sage::sm90 {
 
 // 16-bit rows of whole 16-byte pieces, through shared memory.
-template <int kHeadDim>
-__device__ __forceinline__ void store_halves(unsigned char* region, const float (&x)[kHeadDim / 2],
-                                             uint16_t* out, bool bf16, int rows, int64_t row_stride,
-                                             int head_dim) {
+template <int kHeadDim, class Outputs>
+__device__ __forceinline__ void store_halves(unsigned char* region, const Outputs& outputs, uint16_t* out, bool bf16,
+                                             int rows, int64_t row_stride, int head_dim) {
   using Stage = SharedTile<16, 2 * kHeadDim>;
   const int lane = ptx::opaque(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
   __syncwarp();  // what lay there has been read
 #pragma unroll
-  for (int i = 0; i < kHeadDim / 2; i += 2) {
-    *reinterpret_cast<uint32_t*>(region + Stage::offset(g + (i >> 1 & 1) * 8, i / 4) + 4 * t) =
-        bf16 ? ptx::cvt_bf16x2_f32(x[i], x[i + 1]) : ptx::cvt_f16x2_f32(x[i], x[i + 1]);
+  for (int n = 0; n < kHeadDim / 8; ++n) {
+    const FourOutputs x = outputs(n);
+    const auto put = [&](int row, float2 pair) {
+      *reinterpret_cast<uint32_t*>(region + Stage::offset(row, n) + 4 * t) =
+          bf16 ? ptx::cvt_bf16x2_f32(pair.x, pair.y) : ptx::cvt_f16x2_f32(pair.x, pair.y);
+    };
+    put(g, x.upper);
+    put(g + 8, x.lower);
   }
   __syncwarp();
   constexpr int kRowsAtOnce = kWarpSize / Stage::kChunks;
@@ -37,19 +42,18 @@ __device__ __forceinline__ void store_halves(unsigned char* region, const float 
 // Others: half of the channels at a time through shared memory, so that rows leave in pieces of 16 bytes
 // or more.
 //   region       16 · kHeadDim · 2 bytes of the warp's own, at a multiple of 128
-//   x            the accumulators
+//   outputs      outputs(n): a thread's FourOutputs of channels 8n to 8n + 7
 //   first        element of the first row's first channel, of which `rows` rows exist
 //   row_stride   elements from one row to the next
-template <int kHeadDim>
-__device__ __forceinline__ void store_rows(unsigned char* region, const float (&x)[kHeadDim / 2],
-                                           void* out, Dtype dtype, int64_t first, int rows,
-                                           int64_t row_stride, int head_dim) {
+template <int kHeadDim, class Outputs>
+__device__ __forceinline__ void store_rows(unsigned char* region, const Outputs& outputs, void* out, Dtype dtype,
+                                           int64_t first, int rows, int64_t row_stride, int head_dim) {
   if (dtype != Dtype::kF32 && head_dim % 8 == 0) {
-    store_halves<kHeadDim>(region, x, static_cast<uint16_t*>(out) + first, dtype == Dtype::kBf16, rows,
+    store_halves<kHeadDim>(region, outputs, static_cast<uint16_t*>(out) + first, dtype == Dtype::kBf16, rows,
                            row_stride, head_dim);
     return;
   }
-  constexpr int kColumns = kHeadDim / 2, kPieces = kColumns / 8, kValues = kHeadDim / 4;
+  constexpr int kColumns = kHeadDim / 2, kPieces = kColumns / 8;
   using Stage = SharedTile<16, 4 * kColumns>;
   // Opaque: the compiler would compute all addresses before the kernel's loop, and keep them.
   const int lane = ptx::opaque(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
@@ -57,10 +61,13 @@ __device__ __forceinline__ void store_rows(unsigned char* region, const float (&
   for (int half = 0; half < 2; ++half) {
     __syncwarp();  // what lay there has been read
 #pragma unroll
-    for (int i = 0; i < kValues; i += 2) {
-      unsigned char* const at = region + Stage::offset(g + (i >> 1 & 1) * 8, i / 4 * 2 + t / 2);
-      *reinterpret_cast<float2*>(at + t % 2 * 8) =
-          make_float2(x[half * kValues + i], x[half * kValues + i + 1]);
+    for (int n = 0; n < kColumns / 8; ++n) {
+      const FourOutputs x = outputs(half * kColumns / 8 + n);
+      const auto put = [&](int row, float2 pair) {
+        *reinterpret_cast<float2*>(region + Stage::offset(row, 2 * n + t / 2) + t % 2 * 8) = pair;
+      };
+      put(g, x.upper);
+      put(g + 8, x.lower);
     }
     __syncwarp();
     const int channels = head_dim - half * kColumns;  // that exist
