@@ -32,6 +32,10 @@ __device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* globa
       : "memory");
 }
 
+__device__ __forceinline__ void prefetch_global_l1(const void* line) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(line) : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const void* tensor_map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }

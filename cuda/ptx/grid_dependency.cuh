@@ -2,17 +2,24 @@
 // common/launch.h starts early come while the one before it in the stream still works, wherever that leaves room, and
 // wait inside.
 //
-//   after_previous_grid();     // in every thread, before the kernel reads or writes memory
+//   griddepcontrol_launch_dependents();   // the next kernel may start
+//   griddepcontrol_wait();                // in every thread, before the kernel reads or writes memory
 //
-// An early kernel without the call would read what is not yet written, and so would the kernel after it, which waits for
-// this one alone; tools/census.py looks for it. In a kernel that starts late the call lets the next one start early.
+// An early kernel without the wait would read what is not yet written, and so would the kernel after it, which waits for
+// this one alone; tools/census.py looks for it. A kernel that starts late can let the next one start early.
 #pragma once
 
 namespace sage::ptx {
 
-__device__ __forceinline__ void after_previous_grid() {
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the grids before have ended and their writes are seen.
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }

@@ -45,11 +45,13 @@ __device__ __forceinline__ void keep_in_registers(T (&d)[kCount]) {
 
 // A tile in shared memory as an operand: rows of 64 or 128 bytes, swizzled by the bulk copy that
 // brought it. `leading` and `stride` are byte distances; K-major operands (rows of A or of Bᵀ, `k`
-// innermost) use `stride` only: from 8 rows to the next 8. `units` is the address in 16-byte units.
+// innermost) use `stride` only: from 8 rows to the next 8. Not swizzled, they are pieces of 8 rows of 16 bytes, one after the
+// other, `leading` bytes apart along k. `units` is the address in 16-byte units.
 template <int kSwizzleBytes, int kLeading, int kStride>
 __device__ __forceinline__ uint64_t shared_operand(uint32_t units) {
-  static_assert(kSwizzleBytes == 64 || kSwizzleBytes == 128, "other layouts are not used here");
-  constexpr uint32_t kHigh = kStride / 16 | (kSwizzleBytes == 128 ? 1u : 2u) << 30;
+  static_assert(kSwizzleBytes == 0 || kSwizzleBytes == 64 || kSwizzleBytes == 128, "other layouts are not used here");
+  constexpr uint32_t kLayout = kSwizzleBytes == 0 ? 0 : kSwizzleBytes == 128 ? 1 : 2;
+  constexpr uint32_t kHigh = kStride / 16 | kLayout << 30;
   return static_cast<uint64_t>(kHigh) << 32 | (units | kLeading / 16 << 16);
 }
 

@@ -122,7 +122,8 @@ struct QueryCall {
 
 template <class Config>
 __global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks) quantize_queries(const QueryCall call) {
-  ptx::after_previous_grid();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   const QuantizeQParams& p = call.p;
   __shared__ float scratch[2][Config::Rows::kThreads / kWarpSize];  // in turns: a fast warp is one group ahead
   const QueryShare at(p, call.shares);

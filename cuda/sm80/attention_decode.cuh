@@ -72,7 +72,8 @@ __device__ __forceinline__ void hide_outside(int (&s)[kKeyGroups][4], RowSoftmax
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads) attention_decode(const DecodeCall call) {
-  ptx::after_previous_grid();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   using Values = typename Config::Values;
   constexpr int kHeadDim = Config::kHeadDim, kWarps = Config::kWarps, kStages = Config::kStages;
   __shared__ float tops[kWarps][kDecodeRows], sums[kWarps][kDecodeRows];
@@ -249,7 +250,8 @@ struct CombineConfig {
 
 template <class Config>
 __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_splits(const DecodeCall call) {
-  ptx::after_previous_grid();
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
   using Values = typename Config::Values;
   using Combine = CombineConfig<Config>;
   constexpr int kHeadDim = Config::kHeadDim, kWarps = Combine::kWarps, kChannels = Combine::kChannels;

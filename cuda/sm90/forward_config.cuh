@@ -18,10 +18,10 @@ struct ForwardConfig {
   // latencies, and then one buffer of probabilities is enough.
   static constexpr int kGroups = kHeadDim == 64 && Values::kElementBytes == 1 ? 3 : 2;
   static constexpr int kBuffers = kGroups == 3 ? 1 : 2;
-  // Accumulators of scores start at the bits of this float, which a product of constants puts there: an integer below 2^22
-  // in magnitude added to the bits adds 1/kStartUnits of itself to the float. (No code reaches 1.5·2^23 as in
-  // common/scale.cuh.)
-  static constexpr float kStart = 0x1.8p20f, kStartUnits = 8.0f;
+  // Accumulators of scores start at the bits of this float, which a product of constants puts there (no code of e4m3 is
+  // large enough for the 1.5·2^23 of common/scale.cuh): an integer below 3.9 million in magnitude added to the bits adds
+  // 1/kStartUnits of itself to the float.
+  static constexpr float kStart = 32 * 224.0f * 224.0f, kStartUnits = 8.0f;
   static constexpr bool kValuesLag = kBuffers == 2;  // a tile's values come with the next tile's keys
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
@@ -40,17 +40,17 @@ struct ForwardConfig {
 
   // --------------------------------------------------------------------------- shared-memory map
   // kSlots × Q tile [kRows][kHeadDim] s8 | kStages × K tile [kKeys][kHeadDim] s8 | kStages × V tile |
-  // a region a warp | both operands of kStart | notes of tiles | queue of notes | slots of row blocks | barriers
+  // a region a warp | operands of kStart | notes of tiles | queue of notes | slots of row blocks | barriers
   using Slot = WorkSlot<kRows, kHeadDim>;
   static constexpr int kQueryBytes = kRows * kHeadDim;
   static constexpr int kKeyBytes = kKeys * kHeadDim;
   static constexpr int kValueBytes = kKeys * kHeadDim * Values::kElementBytes;
   // What a warp adds up exactly: 16 rows of float32; later its outputs on their way to memory.
   static constexpr int kWarpBytes = 16 * kHeadDim * (Values::kExactKeys > 0 ? 4 : 2);
-  static constexpr int kStartBytes = 8 * 128;  // eight rows of an operand, which are all of its rows
+  static constexpr int kStartBytes = 8 * 16;  // eight rows, 16 products long, of which all others are copies
   static constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
   static constexpr int kQueue = kWarpSize + 1;
-  static constexpr int kFixedBytes = kSlots * kQueryBytes + 4 * kGroups * kWarpBytes + 2 * kStartBytes +
+  static constexpr int kFixedBytes = kSlots * kQueryBytes + 4 * kGroups * kWarpBytes + kStartBytes +
                                      kQueue * static_cast<int>(sizeof(TileNote)) +
                                      kSlots * static_cast<int>(sizeof(Slot) + 16);
   static constexpr int kStageBytes =
@@ -62,7 +62,7 @@ struct ForwardConfig {
   static constexpr int kValuesAt = kKeysAt + kStages * kKeyBytes;
   static constexpr int kWarpsAt = kValuesAt + kStages * kValueBytes;
   static constexpr int kStartAt = kWarpsAt + 4 * kGroups * kWarpBytes;
-  static constexpr int kNotesAt = kStartAt + 2 * kStartBytes;
+  static constexpr int kNotesAt = kStartAt + kStartBytes;
   static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kSlotsAt = kQueueAt + kQueue * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kSlots * static_cast<int>(sizeof(Slot));
@@ -71,16 +71,12 @@ struct ForwardConfig {
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * kBarriers;
   static_assert(kSharedBytes <= kSharedLimit, "see above");
   static_assert(kKeyBytes % kAlignment == 0 && kValueBytes % kAlignment == 0 &&
-                    kQueryBytes % kAlignment == 0 && kStartAt % kAlignment == 0 && kBarriersAt % 8 == 0,
+                    kQueryBytes % kAlignment == 0 && kStartAt % 16 == 0 && kBarriersAt % 8 == 0,
                 "alignment");
 
-  // By all threads of the block: 32 products of 192 and 256 in e4m3.
+  // By all threads of the block: the code of 224.
   static __device__ void write_start(unsigned char* shared) {
-    static_assert(kStart == 32 * 192.0f * 256.0f, "what these add up to");
-    auto* const words = reinterpret_cast<uint32_t*>(shared + kStartAt);
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * kStartBytes / 4; i += kThreads) {
-      words[i] = i < kStartBytes / 4 ? 0x74747474u : 0x78787878u;
-    }
+    if (threadIdx.x < kStartBytes / 4) reinterpret_cast<uint32_t*>(shared + kStartAt)[threadIdx.x] = 0x76767676u;
   }
   static __device__ int queries(int slot) { return slot * kQueryBytes; }
   static __device__ int keys(int stage) { return kKeysAt + stage * kKeyBytes; }

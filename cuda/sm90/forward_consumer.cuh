@@ -5,6 +5,7 @@
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/softmax.cuh"
+#include "ptx/bulk_tensor.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
@@ -83,7 +84,7 @@ class Consumer {
         }
       }
       float lse_shift[2];
-      if (ended_) load_lse_shift(lse_shift);
+      if (ended_) fetch_for_end(lse_shift);
       if constexpr (Config::kBuffers == 2) wait_for_output();
       if (ended_) {
         finish_rows(Config::slots(shared_)[slot_], lse_shift);
@@ -94,7 +95,6 @@ class Consumer {
         begin_rows();
       } else if (exact_sum_is_due()) {
         add_exactly();
-        start_over();
       }
     }
   }
@@ -245,10 +245,9 @@ class Consumer {
     constexpr int kRow = kHeadDim;  // bytes
     const uint32_t a = units_ + (slot * Config::kQueryBytes + group_ * 64 * kRow) / 16;
     const uint32_t b = units_ + (Config::kKeysAt + stage_ * Config::kKeyBytes) / 16;
-    const uint32_t start = units_ + Config::kStartAt / 16;
+    const uint64_t start = ptx::shared_operand<0, 0, 0>(units_ + Config::kStartAt / 16);
     ptx::wgmma_fence();
-    ptx::wgmma_m64k32_f32_e4m3(s_, ptx::shared_operand<128, 0, 0>(start),
-                               ptx::shared_operand<128, 0, 0>(start + Config::kStartBytes / 16));
+    ptx::wgmma_m64k32_f32_e4m3(s_, start, start);
 #pragma unroll
     for (int step = 0; step < kHeadDim / 32; ++step) {
       ptx::wgmma_m64k32_s32_s8(s_, ptx::shared_operand<kRow, 0, 8 * kRow>(a + 2 * step),
@@ -262,7 +261,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       m_[r] = floor_[r] = highest_[r] = -INFINITY;
-      l_[r] = exact_l_[r] = 0.0f;
+      l_[r] = 0.0f;
       row_scale_[r] = slot.q_scale[warp_row_ + lane_ / 4 + 8 * r] * (params_.scale * kLog2E * Config::kStartUnits);
     }
     summed_ = 0;
@@ -283,9 +282,8 @@ class Consumer {
     return shrink;
   }
 
-  // Adds the matrix unit's sums to those in shared memory, of which each thread has its own.
-  __device__ __forceinline__ void add_exactly() {
-    float4* const sums = reinterpret_cast<float4*>(warp_region()) + lane_;
+  // The matrix unit's sums with those in shared memory, of which each thread has its own.
+  __device__ __forceinline__ void read_sums(float (&total)[kHeadDim / 2]) {
     float shrink[2] = {0.0f, 0.0f};
     if (exact_) {
 #pragma unroll
@@ -293,6 +291,7 @@ class Consumer {
         shrink[r] = exact_m_[r] == -INFINITY ? 0.0f : ptx::ex2(exact_m_[r] - m_[r]);
       }
     }
+    const float4* const sums = reinterpret_cast<const float4*>(warp_region()) + lane_;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       const FourOutputs x = o_.at(n);
@@ -302,30 +301,29 @@ class Consumer {
         sum = make_float4(fmaf(old.x, shrink[0], sum.x), fmaf(old.y, shrink[0], sum.y),
                           fmaf(old.z, shrink[1], sum.z), fmaf(old.w, shrink[1], sum.w));
       }
-      sums[n * kWarpSize] = sum;
+      total[4 * n] = sum.x, total[4 * n + 1] = sum.y, total[4 * n + 2] = sum.z, total[4 * n + 3] = sum.w;
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      exact_l_[r] = fmaf(exact_l_[r], shrink[r], l_[r]);
-      exact_m_[r] = m_[r];
-    }
-    exact_ = true;
   }
 
-  // With sums that are empty again no reference needs to be above the maximum.
-  __device__ __forceinline__ void start_over() {
+  // Leaves them all in shared memory.
+  __device__ __forceinline__ void add_exactly() {
+    float total[kHeadDim / 2];
+    read_sums(total);
+    float4* const sums = reinterpret_cast<float4*>(warp_region()) + lane_;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      m_[r] = floor_[r] = quad_max(highest_[r]);
-      l_[r] = 0.0f;
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      sums[n * kWarpSize] = make_float4(total[4 * n], total[4 * n + 1], total[4 * n + 2], total[4 * n + 3]);
     }
+    exact_m_[0] = m_[0];
+    exact_m_[1] = m_[1];
+    exact_ = true;
     summed_ = 0;
   }
 
   // ---------------------------------------------------------------------------------- epilogue
 
-  // Early: memory is far away.
-  __device__ __forceinline__ void load_lse_shift(float (&shift)[2]) const {
+  // What finish_rows needs, early, because memory is far away.
+  __device__ __forceinline__ void fetch_for_end(float (&shift)[2]) const {
     const Slot& slot = Config::slots(shared_)[slot_];
     const int64_t plane = static_cast<int64_t>(slot.mask.b) * params_.shape.heads + slot.mask.n;
 #pragma unroll
@@ -333,28 +331,24 @@ class Consumer {
       const int row = slot.row + warp_row_ + lane_ / 4 + 8 * r;
       shift[r] = row < params_.shape.queries ? params_.lse_shift[plane * params_.shape.queries + row] : 0.0f;
     }
+    constexpr int kLine = 128 / sizeof(float);
+    if (lane_ < kHeadDim / kLine) ptx::prefetch_global_l1(v_scale(slot) + lane_ * kLine);
+  }
+
+  __device__ __forceinline__ const float* v_scale(const Slot& slot) const {
+    return params_.v_scale + static_cast<int64_t>(slot.kv_plane) * kHeadDim;
   }
 
   __device__ __forceinline__ void finish_rows(const Slot& slot, const float (&lse_shift)[2]) {
     const AttentionShape& shape = params_.shape;
     const Mask& mask = slot.mask;
     const int lane = ptx::opaque(lane_), g = lane / 4, t = lane % 4;
-    // Read before the outputs take their place.
-    float total[kHeadDim / 2];
-    const bool exact = Values::kExactKeys > 0 && exact_;
-    if (exact) add_exactly();
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const FourOutputs x = o_.at(n);
-      float4 sum = make_float4(x.upper.x, x.upper.y, x.lower.x, x.lower.y);
-      if (exact) sum = reinterpret_cast<const float4*>(warp_region())[n * kWarpSize + lane_];
-      total[4 * n] = sum.x, total[4 * n + 1] = sum.y, total[4 * n + 2] = sum.z, total[4 * n + 3] = sum.w;
-    }
+    const auto* const scales = reinterpret_cast<const float2*>(v_scale(slot)) + t;
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int within = warp_row_ + g + 8 * r, row = slot.row + within;
-      float l = quad_sum(exact ? exact_l_[r] : l_[r]) * Values::kUnit, m = m_[r];
+      float l = quad_sum(l_[r]) * Values::kUnit, m = m_[r];
       if (row >= mask.queries) {
         l = 0.0f;
         m = -INFINITY;
@@ -376,25 +370,31 @@ class Consumer {
         params_.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + lse_shift[r];
       }
     }
-    const auto outputs = [&](int n) {
-      const float2 scale = *reinterpret_cast<const float2*>(slot.v_scale + 8 * n + 2 * t);
+    const auto output = [&](int n, const FourOutputs& sums) {
+      const float2 scale = __ldg(scales + 4 * n);  // prefetched
       float2 mean = {0.0f, 0.0f};
-      if constexpr (Values::kFormat == PvFormat::kE4m3) {
-        mean = *reinterpret_cast<const float2*>(slot.v_mean + 8 * n + 2 * t);
-      }
-      const auto output = [&](float2 sum, float by) {
+      if constexpr (Values::kFormat == PvFormat::kE4m3) ptx::cvt_f32_bf16x2(mean.x, mean.y, slot.v_mean[4 * n + t]);
+      const auto scaled = [&](float2 sum, float by) {
         return by == 0.0f ? float2{0.0f, 0.0f}
                           : float2{fmaf(sum.x * by, scale.x, mean.x), fmaf(sum.y * by, scale.y, mean.y)};
       };
-      const FourOutputs sums = FromArray<kHeadDim>{total}(n);
-      return FourOutputs{output(sums.upper, factor[0]), output(sums.lower, factor[1])};
+      return FourOutputs{scaled(sums.upper, factor[0]), scaled(sums.lower, factor[1])};
     };
     const int64_t first =
         ((static_cast<int64_t>(mask.b) * shape.queries + slot.row + warp_row_) * shape.heads +
          mask.n) * shape.head_dim;
-    const int rows = shape.queries - slot.row - warp_row_;
-    store_rows<kHeadDim>(warp_region(), outputs, params_.out, params_.out_dtype, first, rows,
-                         static_cast<int64_t>(shape.heads) * shape.head_dim, shape.head_dim);
+    const auto store = [&](const auto& outputs) {
+      store_rows<kHeadDim>(warp_region(), outputs, params_.out, params_.out_dtype, first,
+                           shape.queries - slot.row - warp_row_, static_cast<int64_t>(shape.heads) * shape.head_dim,
+                           shape.head_dim);
+    };
+    if (Values::kExactKeys > 0 && exact_) {
+      float total[kHeadDim / 2];
+      read_sums(total);  // before outputs take their place
+      store([&](int n) { return output(n, FromArray<kHeadDim>{total}(n)); });
+    } else {
+      store([&](int n) { return output(n, o_.at(n)); });
+    }
   }
 
   // All lanes of the warp have done with it.
@@ -424,8 +424,7 @@ class Consumer {
   // What probabilities are relative to, what they add up to, the least that m_ may be next, and the highest scores of this
   // thread, which m_ equals but for floors.
   float m_[2], l_[2], floor_[2], highest_[2];
-  float row_scale_[2];
-  float exact_l_[2], exact_m_[2];  // what belongs to the sums in shared memory
+  float row_scale_[2], exact_m_[2];
   Shrink shrink_;   // due before the next product with V
   int summed_ = 0;  // keys in o_
   bool exact_ = false;  // there are sums in shared memory

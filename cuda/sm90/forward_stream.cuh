@@ -9,6 +9,7 @@
 #include "common/row_blocks.cuh"
 #include "common/tile.cuh"
 #include "ptx/bulk_tensor.cuh"
+#include "ptx/cvt.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace sage::sm90 {
@@ -25,9 +26,9 @@ struct ForwardCall {
 template <int kRows, int kHeadDim>
 struct WorkSlot {
   Mask mask;
-  int row;
-  alignas(8) float q_scale[kRows];
-  float v_scale[kHeadDim], v_mean[kHeadDim];
+  int row, kv_plane;
+  float q_scale[kRows];
+  uint32_t v_mean[kHeadDim / 2];  // pairs in bf16, which holds them exactly: shared memory is full
 };
 
 // What consumers need of a tile of keys.
@@ -71,20 +72,19 @@ class Producer {
     const int plane = work.b * p.shape.heads + work.n;
     kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
     // All loads are under way before the first is used, and before the slot is free.
-    constexpr int kQ = Config::kRows / kWarpSize, kV = Config::kHeadDim / kWarpSize;
-    float q[kQ], v[kV], mean[kV];
+    constexpr int kQ = Config::kRows / kWarpSize, kV = Config::kHeadDim / 2 / kWarpSize;
+    float q[kQ];
+    float2 mean[kV];
     const int64_t first = static_cast<int64_t>(plane) * p.shape.queries + work.row + lane();
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       const bool inside = work.row + lane() + i * kWarpSize < p.shape.queries;
       q[i] = inside ? p.q_scale[first + i * kWarpSize] : 0.0f;
     }
-    const int64_t channel = static_cast<int64_t>(kv_plane_) * Config::kHeadDim + lane();
+    const auto* const v_mean =
+        reinterpret_cast<const float2*>(p.v_mean + static_cast<int64_t>(kv_plane_) * Config::kHeadDim) + lane();
 #pragma unroll
-    for (int i = 0; i < kV; ++i) {
-      v[i] = p.v_scale[channel + i * kWarpSize];
-      mean[i] = p.v_mean[channel + i * kWarpSize];
-    }
+    for (int i = 0; i < kV; ++i) mean[i] = v_mean[i * kWarpSize];
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
     ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);
@@ -92,14 +92,12 @@ class Producer {
     if (lane() == 0) {
       slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
       slot.row = work.row;
+      slot.kv_plane = kv_plane_;
     }
 #pragma unroll
     for (int i = 0; i < kQ; ++i) slot.q_scale[lane() + i * kWarpSize] = q[i];
 #pragma unroll
-    for (int i = 0; i < kV; ++i) {
-      slot.v_scale[lane() + i * kWarpSize] = v[i];
-      slot.v_mean[lane() + i * kWarpSize] = mean[i];
-    }
+    for (int i = 0; i < kV; ++i) slot.v_mean[lane() + i * kWarpSize] = ptx::cvt_bf16x2_f32(mean[i].x, mean[i].y);
     const uint32_t full = base_ + Config::slot_full(slot_index);
     if (lane() == 0) {
       ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);

@@ -3,6 +3,7 @@
 
 namespace sage::ptx {
 
-inline void after_previous_grid() {}
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() {}
 
 }  // namespace sage::ptx
