@@ -250,7 +250,7 @@ def _bounded_references(s, top, at_once):
     """What probabilities are relative to, [B, K, G, T, tiles], where 16-bit sums must not overflow.
 
     The maximum so far, `top`; but 2 more than before where the probabilities that one of a row's four threads has seen (it
-    holds two of each eight keys) add up to more than 36 (`kMostProbability` in cuda/sm90/forward_values.cuh).
+    holds two of each eight keys) add up to more than 32 (`kMostProbability` in cuda/sm90/forward_values.cuh).
     """
     tiles = s.shape[4]
     s = jnp.pad(s, ((0, 0),) * 4 + ((0, -tiles % at_once), (0, 0)), constant_values=-jnp.inf)
@@ -258,7 +258,7 @@ def _bounded_references(s, top, at_once):
     def step(state, tile):
         reference, sums = state
         scores, highest = tile
-        floor = jnp.where(jnp.max(sums, axis=-1) > 36.0, reference + 2.0, reference)
+        floor = jnp.where(jnp.max(sums, axis=-1) > 32.0, reference + 2.0, reference)
         now = jnp.maximum(floor, highest)
         sums = sums * _exp2_below(reference, now)[..., None]
         sums = sums + jnp.sum(_exp2_below(scores, now[..., None, None, None]), axis=(-3, -1))

@@ -86,8 +86,8 @@ def test_unknown_names_and_types():
 def test_half_precision_accumulators_cannot_overflow():
     recipe = PRESETS["sage2pp"]
     assert recipe.f16_accumulate and 64 * 256 * recipe.v_range <= 65504
-    # (4·36 + 128) probabilities, in codes that may be rounded up by 1/16: `kMostProbability` of the kernel of sm_90.
-    assert (4 * 36 + 128) * 64 * 17 / 16 * Recipe("x").v_range <= 65504
+    # (4·32 + 128) probabilities, in codes that may be rounded up by 1/16: `kMostProbability` of the kernel of sm_90.
+    assert (4 * 32 + 128) * 64 * 17 / 16 * Recipe("x").v_range <= 65504
 
 
 def test_padded_head_dims():

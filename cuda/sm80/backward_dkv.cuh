@@ -45,7 +45,7 @@ struct KeyPlan {
   KeyScales scales;
   int first, end;        // query tiles
   int whole, whole_end;  // those of which every pair counts, by bounds and window
-  int group;       // query heads
+  int group;             // query heads
 };
 
 // ---------------------------------------------------------------------------------- tile constants
