@@ -222,7 +222,7 @@ def test_quantisers_are_bit_equal(case, recipe):
 def test_forward_follows_the_specification(case, recipe):
     (_, _, _, _, _, masks), qq, kv, expected = specified(case, recipe)
     out, lse, m, l = on_gpu("attend", case, recipe, *attend_operands(qq, kv, masks))
-    # A score's offset is rounded to 0.75 units of the INT8 product (sm90/forward_softmax.cuh), so that now and then a
+    # A score's offset is rounded to a unit of the INT8 product (sm90/forward_softmax.cuh), so that now and then a
     # probability takes the next e4m3 code; most of all where a score is the product of one channel.
     unit = float(np.nanmax(qq.q_scale) * np.abs(kv.k_scale).max() * case.H**-0.5)
     if not on_warpgroups(case, recipe):
