@@ -3,8 +3,8 @@
     python tools/value_ranges.py [--tokens N,..] [--head-dim N] [--data NAME,..]             ranges of P and V, on the CPU
     python tools/value_ranges.py --kernel [--tokens N,..] [--head-dim N] [--data NAME,..]    `sage2` as this device runs it
 
-Relative L2 against exact float32 attention of the same bfloat16 inputs, one head, one seed; 256 query rows, 2048 with
---kernel. The tables of docs/kernels/sm90_forward.md and the lengths in docs/numerics.md come from here.
+Relative L2 against exact float32 attention of the same bfloat16 inputs, one head, one seed; the first 256 query rows, 2048
+with --kernel. The tables of docs/kernels/sm90_forward.md and the lengths in docs/numerics.md come from here.
 """
 
 from __future__ import annotations
@@ -19,66 +19,37 @@ import numpy as np
 
 import sage_jax
 from sage_jax import reference
+from sage_jax.accuracy import error, exact, synthetic
 from sage_jax.masking import OPEN, no_masks
 
 RANGES = ((256.0, 448.0), (256.0, 0.875), (128.0, 1.75), (64.0, 3.5), (32.0, 7.0))  # largest codes of P and of V
 
 
-def outlier(rng, q, k, v):
-    chosen = rng.random(q.shape[1]) < 0.06
-    q += 6 * rng.standard_normal(q.shape[1]) * chosen
-    k += 12 * rng.standard_normal(k.shape[1]) * chosen
-    v += 0.5 * rng.standard_normal(v.shape[1])
+def drift(v):
+    return v + jnp.linspace(-1, 1, v.shape[1])[None, :, None, None]
 
 
-def sink(rng, q, k, v):
-    direction = rng.standard_normal(q.shape[1])
-    direction /= np.linalg.norm(direction)
-    q += 8 * direction
-    k[0] = 10.5 * direction
-    v[0] *= 0.05
+def step(v):
+    return v + jnp.where(jnp.arange(v.shape[1]) < v.shape[1] // 2, -1.0, 1.0)[None, :, None, None]
 
 
-def drift(rng, q, k, v):
-    v += np.linspace(-1, 1, len(v))[:, None]
+def wide(v):
+    return v * jnp.exp(1.2 * jax.random.normal(jax.random.key(2), (1, v.shape[1], 1, 1)))
 
 
-def step(rng, q, k, v):
-    v += np.where(np.arange(len(v)) < len(v) // 2, -1.0, 1.0)[:, None]
+def spike(v):
+    return v.at[:, jax.random.randint(jax.random.key(3), (8,), 0, v.shape[1])].multiply(200)
 
 
-def heavy(rng, q, k, v):
-    v *= np.exp(1.2 * rng.standard_normal((len(v), 1)))
-
-
-def spike(rng, q, k, v):
-    v[rng.integers(0, len(v), 8)] *= 200
-
-
-DATA = {
-    "normal": lambda *_: None, "outlier": outlier, "sink": sink, "drift": drift, "step": step, "heavy": heavy,
-    "spike": spike,
-}  # fmt: skip
+# Kinds of `sage_jax.accuracy.synthetic`, and what is done to the values of normal ones.
+DATA = {"normal": None, "outlier": None, "sink": None, "drift": drift, "step": step, "wide": wide, "spike": spike}
 
 
 def make(name, rows, tokens, head_dim):
-    """q [1, rows, 1, H], k and v [1, tokens, 1, H] in bfloat16."""
-    rng = np.random.default_rng(1)
-    q, k, v = (rng.standard_normal((n, head_dim)) for n in (rows, tokens, tokens))
-    DATA[name](rng, q, k, v)
-    return tuple(jnp.asarray(x, jnp.bfloat16)[None, :, None, :] for x in (q, k, v))
-
-
-@jax.jit
-def exact(q, k, v):
-    """float32 [1, T, 1, H], 256 rows at a time."""
-    q, k, v = (x[0, :, 0].astype(jnp.float32) for x in (q, k, v))
-
-    def rows(q):
-        logits = jnp.dot(q, k.T, precision="highest") * q.shape[-1] ** -0.5
-        return jnp.dot(jax.nn.softmax(logits, axis=-1), v, precision="highest")
-
-    return jax.lax.map(rows, q.reshape(-1, 256, q.shape[-1])).reshape(q.shape)[None, :, None, :]
+    """q [1, at most rows, 1, H], k and v [1, tokens, 1, H] in bfloat16."""
+    change = DATA[name]
+    q, k, v, _ = synthetic("normal" if change else name, jax.random.key(1), tokens=tokens, head_dim=head_dim)
+    return tuple(x.astype(jnp.bfloat16) for x in (q[:, :rows], k, change(v) if change else v))
 
 
 @functools.partial(jax.jit, static_argnames=("p_range", "v_range"))
@@ -97,21 +68,16 @@ def specified(q, k, v, p_range, v_range):
         )[0]  # fmt: skip
 
 
-def relative_l2(x, expected):
-    x = jnp.asarray(x, jnp.float32)
-    return float(jnp.linalg.norm(x - expected) / jnp.linalg.norm(expected))
-
-
 def range_errors(name, tokens, head_dim):
     """Errors of O for each of RANGES."""
     inputs = make(name, 256, tokens, head_dim)
-    expected = exact(*inputs)
-    return [relative_l2(specified(*inputs, *pair), expected) for pair in RANGES]
+    expected = exact(*inputs)["o"]
+    return [error(specified(*inputs, *pair), expected).rel_l2 for pair in RANGES]
 
 
 def kernel_error(name, tokens, head_dim):
     inputs = make(name, 2048, tokens, head_dim)
-    return relative_l2(sage_jax.dot_product_attention(*inputs, recipe="sage2"), exact(*inputs))
+    return error(sage_jax.dot_product_attention(*inputs, recipe="sage2"), exact(*inputs)["o"]).rel_l2
 
 
 def main(words=None):
