@@ -250,14 +250,21 @@ def _bounded_references(s, top, at_once):
     """What probabilities are relative to, [B, K, G, T, tiles], where 16-bit sums must not overflow.
 
     The maximum so far, `top`; but 2 more than before where the probabilities that one of a row's four threads has seen (it
-    holds two of each eight keys) add up to more than 32 (`kMostProbability` in cuda/sm90/forward_values.cuh).
+    holds two of each eight keys) add up to more than 32. All starts again after 2048 keys, whose sums go to float32 ones
+    (`kMostProbability` and `kExactKeys` in cuda/sm90/forward_values.cuh; tiles that no row sees do not count there).
     """
     tiles = s.shape[4]
     s = jnp.pad(s, ((0, 0),) * 4 + ((0, -tiles % at_once), (0, 0)), constant_values=-jnp.inf)
     s = s.reshape(*s.shape[:4], -1, at_once * TILE // 8, 4, 2)
+    top_of_step = top[..., ::at_once]
+    before = jnp.pad(top_of_step[..., :-1], ((0, 0),) * 4 + ((1, 0),), constant_values=-jnp.inf)
+    starts = np.arange(s.shape[4]) % (2048 // (at_once * TILE)) == 0
+
     def step(state, tile):
         reference, sums = state
-        scores, highest = tile
+        scores, highest, highest_before, starts = tile
+        reference = jnp.where(starts, highest_before, reference)
+        sums = jnp.where(starts, 0.0, sums)
         floor = jnp.where(jnp.max(sums, axis=-1) > 32.0, reference + 2.0, reference)
         now = jnp.maximum(floor, highest)
         sums = sums * _exp2_below(reference, now)[..., None]
@@ -265,7 +272,7 @@ def _bounded_references(s, top, at_once):
         return (now, sums), now
 
     start = jnp.full(top.shape[:4], -jnp.inf, F32), jnp.zeros((*top.shape[:4], 4), F32)
-    steps = jnp.moveaxis(s, 4, 0), jnp.moveaxis(top[..., ::at_once], 4, 0)
+    steps = *(jnp.moveaxis(x, 4, 0) for x in (s, top_of_step, before)), starts
     _, references = lax.scan(step, start, steps)
     return jnp.repeat(jnp.moveaxis(references, 0, 4), at_once, axis=4)[..., :tiles]
 

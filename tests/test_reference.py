@@ -68,10 +68,11 @@ def test_bounded_references_keep_sums_small(spread):
     top = np.maximum.accumulate(pairs, axis=-1)
     references = np.asarray(reference._bounded_references(jnp.asarray(s), jnp.asarray(top), 2))
     assert (references >= top).all() and (references[..., ::2] == references[..., 1::2]).all()
-    assert (np.diff(references) >= 0).all()
-    for tile in range(1, number, 2):
-        p = np.exp2(s[..., : tile + 1, :] - references[..., tile, None, None])
-        assert p.sum((-1, -2)).max() * 64 * 17 / 16 * 3.5 < 65504
+    for first in range(0, number, 32):  # 2048 keys
+        assert (np.diff(references[..., first : first + 32]) >= 0).all()
+        for tile in range(first + 1, min(first + 32, number), 2):
+            p = np.exp2(s[..., first : tile + 1, :] - references[..., tile, None, None])
+            assert p.sum((-1, -2)).max() * 64 * 17 / 16 * 3.5 < 65504
     assert (references > top)[0, 0, 0, 1:].any() == (spread < 6)
 
 

@@ -20,6 +20,9 @@ ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, 
   const int64_t B = axis(k, 0), S = axis(k, 1), K = axis(k, 2), H = axis(k, 3), Hp = axis(*k8, 3);
   const int64_t S64 = tiles64(S), Sp = 64 * S64;
   check.require(pv >= 0 && pv <= 3 && dp >= 0 && dp <= 2, "pv must be 0 to 3 and dp 0 to 2");
+  check.require(pv != 0 || v_range <= 3.5f, "v_range is " + std::to_string(v_range) +
+                                                 ", but must be at most 3.5, which 16-bit sums of P·V have room for; "
+                                                 "export the program again");
   check.require(H <= Hp && (Hp == 64 || Hp == 128 || Hp == 256), "Hp must be 64, 128 or 256");
   if (check.failed()) return check.result();
   const bool transposed = pv == 0 || pv == 3;

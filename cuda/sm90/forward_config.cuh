@@ -40,12 +40,13 @@ struct ForwardConfig {
 
   // --------------------------------------------------------------------------- shared-memory map
   // kSlots × Q tile [kRows][kHeadDim] s8 | kStages × K tile [kKeys][kHeadDim] s8 | kStages × V tile |
-  // a region a warp | operands of kStart | notes of tiles | queue of notes | slots of row blocks | barriers
+  // operands of kStart | a region a warp | notes of tiles | queue of notes | slots of row blocks | barriers
+  // (The operands are 128 bytes, but compute-sanitizer takes all of their rows for different ones: 4096 bytes.)
   using Slot = WorkSlot<kRows, kHeadDim>;
   static constexpr int kQueryBytes = kRows * kHeadDim;
   static constexpr int kKeyBytes = kKeys * kHeadDim;
   static constexpr int kValueBytes = kKeys * kHeadDim * Values::kElementBytes;
-  // What a warp adds up exactly: 16 rows of float32; later its outputs on their way to memory.
+  // A warp's float32 sums of 16 rows; later its outputs on their way to memory.
   static constexpr int kWarpBytes = 16 * kHeadDim * (Values::kExactKeys > 0 ? 4 : 2);
   static constexpr int kStartBytes = 8 * 16;  // eight rows, 16 products long, of which all others are copies
   static constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
@@ -60,9 +61,9 @@ struct ForwardConfig {
   static_assert(kStages >= 3, "the pipeline needs room");
   static constexpr int kKeysAt = kSlots * kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kKeyBytes;
-  static constexpr int kWarpsAt = kValuesAt + kStages * kValueBytes;
-  static constexpr int kStartAt = kWarpsAt + 4 * kGroups * kWarpBytes;
-  static constexpr int kNotesAt = kStartAt + kStartBytes;
+  static constexpr int kStartAt = kValuesAt + kStages * kValueBytes;
+  static constexpr int kWarpsAt = kStartAt + kStartBytes;
+  static constexpr int kNotesAt = kWarpsAt + 4 * kGroups * kWarpBytes;
   static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kSlotsAt = kQueueAt + kQueue * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kSlots * static_cast<int>(sizeof(Slot));
@@ -71,7 +72,7 @@ struct ForwardConfig {
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * kBarriers;
   static_assert(kSharedBytes <= kSharedLimit, "see above");
   static_assert(kKeyBytes % kAlignment == 0 && kValueBytes % kAlignment == 0 &&
-                    kQueryBytes % kAlignment == 0 && kStartAt % 16 == 0 && kBarriersAt % 8 == 0,
+                    kQueryBytes % kAlignment == 0 && kWarpsAt % 128 == 0 && kBarriersAt % 8 == 0,
                 "alignment");
 
   // By all threads of the block: the code of 224.

@@ -4,8 +4,10 @@
 
 #include "common/mask.cuh"
 #include "common/scale.cuh"
-#include "common/softmax.cuh"
+#include "common/tile.cuh"
 #include "ptx/bulk_tensor.cuh"
+#include "ptx/cvt.cuh"
+#include "ptx/math.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
@@ -261,7 +263,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       m_[r] = floor_[r] = highest_[r] = -INFINITY;
-      l_[r] = 0.0f;
+      l_[r] = exact_l_[r] = 0.0f;
       row_scale_[r] = slot.q_scale[warp_row_ + lane_ / 4 + 8 * r] * (params_.scale * kLog2E * Config::kStartUnits);
     }
     summed_ = 0;
@@ -282,15 +284,14 @@ class Consumer {
     return shrink;
   }
 
+  // What the float32 sums have to be multiplied with for the reference of now.
+  __device__ __forceinline__ float shrink_of_exact(int r) const {
+    return !exact_ || exact_m_[r] == -INFINITY ? 0.0f : ptx::ex2(exact_m_[r] - m_[r]);
+  }
+
   // The matrix unit's sums with those in shared memory, of which each thread has its own.
   __device__ __forceinline__ void read_sums(float (&total)[kHeadDim / 2]) {
-    float shrink[2] = {0.0f, 0.0f};
-    if (exact_) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        shrink[r] = exact_m_[r] == -INFINITY ? 0.0f : ptx::ex2(exact_m_[r] - m_[r]);
-      }
-    }
+    const float shrink[2] = {shrink_of_exact(0), shrink_of_exact(1)};
     const float4* const sums = reinterpret_cast<const float4*>(warp_region()) + lane_;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -314,8 +315,14 @@ class Consumer {
     for (int n = 0; n < kHeadDim / 8; ++n) {
       sums[n * kWarpSize] = make_float4(total[4 * n], total[4 * n + 1], total[4 * n + 2], total[4 * n + 3]);
     }
-    exact_m_[0] = m_[0];
-    exact_m_[1] = m_[1];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      exact_l_[r] = fmaf(exact_l_[r], shrink_of_exact(r), l_[r]);
+      exact_m_[r] = m_[r];
+      // With sums that are empty again no reference needs to be above the maximum.
+      m_[r] = floor_[r] = quad_max(highest_[r]);
+      l_[r] = 0.0f;
+    }
     exact_ = true;
     summed_ = 0;
   }
@@ -348,7 +355,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int within = warp_row_ + g + 8 * r, row = slot.row + within;
-      float l = quad_sum(l_[r]) * Values::kUnit, m = m_[r];
+      float l = quad_sum(fmaf(exact_l_[r], shrink_of_exact(r), l_[r])) * Values::kUnit, m = m_[r];
       if (row >= mask.queries) {
         l = 0.0f;
         m = -INFINITY;
@@ -424,7 +431,8 @@ class Consumer {
   // What probabilities are relative to, what they add up to, the least that m_ may be next, and the highest scores of this
   // thread, which m_ equals but for floors.
   float m_[2], l_[2], floor_[2], highest_[2];
-  float row_scale_[2], exact_m_[2];
+  float row_scale_[2];
+  float exact_l_[2], exact_m_[2];  // of the sums in shared memory: what l_ and m_ were
   Shrink shrink_;   // due before the next product with V
   int summed_ = 0;  // keys in o_
   bool exact_ = false;  // there are sums in shared memory

@@ -49,7 +49,7 @@ __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask
 // Probabilities of 16 keys at a time, with two warpgroups in a pipeline: while the unit for exponentials works on some, the
 // arguments of the next are computed, and the ones before are summed and packed. e = 2^(score ·
 // multiplier + shift), whose shift takes the accumulators' start away again: kStart · multiplier, rounded,
-// is off by at most 0.75 units of the INT8 product, which itself is off by about 200.
+// is off by at most a unit of the INT8 product, which itself is off by about 200.
 // `zero` makes arguments depend on earlier results, for ptxas: it computes all arguments first otherwise,
 // and leaves that unit alone with the rest.
 template <class Config>

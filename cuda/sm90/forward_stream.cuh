@@ -45,7 +45,7 @@ enum TileFlags : uint32_t {
   kStop = 64,      // no tile: the stream has ended
 };
 
-// The producer. Config gives the shared-memory map and barriers (attention_fwd.cuh). It has few
+// The producer. Config gives the shared-memory map and barriers (forward_config.cuh). It has few
 // registers: what it knows lies in shared memory.
 template <class Config>
 class Producer {
@@ -84,7 +84,10 @@ class Producer {
     const auto* const v_mean =
         reinterpret_cast<const float2*>(p.v_mean + static_cast<int64_t>(kv_plane_) * Config::kHeadDim) + lane();
 #pragma unroll
-    for (int i = 0; i < kV; ++i) mean[i] = v_mean[i * kWarpSize];
+    for (int i = 0; i < kV; ++i) {
+      mean[i] = {0.0f, 0.0f};
+      if constexpr (Config::Values::kFormat == PvFormat::kE4m3) mean[i] = v_mean[i * kWarpSize];
+    }
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
     ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);
