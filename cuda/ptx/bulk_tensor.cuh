@@ -22,6 +22,18 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d(uint32_t shared, const v
       : "memory");
 }
 
+// Copies from shared memory to the box at (x, y, z); parts outside of the tensor are not written. The thread's copies up to
+// `commit` are a group; `wait_read` waits until the groups so far have been read, and shared memory is free again.
+__device__ __forceinline__ void cp_async_bulk_tensor_3d_store(const void* tensor_map, uint32_t shared, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(tensor_map),
+               "r"(shared), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // Copies `bytes` neighbouring bytes, a multiple of 16; both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* global, uint32_t bytes,
                                               uint32_t barrier) {

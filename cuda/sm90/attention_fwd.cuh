@@ -15,6 +15,7 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/forward_config.cuh"
 #include "sm90/forward_consumer.cuh"
+#include "sm90/forward_finish.cuh"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
 
@@ -34,7 +35,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     for (int i = 0; i < Config::kSlots; ++i) {
       ptx::mbarrier_init(base + Config::slot_full(i), kWarpSize);
-      ptx::mbarrier_init(base + Config::slot_empty(i), 4 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::rows_done(i), 4 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::slot_empty(i), 1);
     }
     ptx::fence_mbarrier_init();
   }
@@ -44,7 +46,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) Producer<Config>(call, shared).run();
+    const int warp = static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize));
+    if (warp == 0) Producer<Config>(call, shared).run();
+    if (warp == 1) Finisher<Config>(call, shared).run();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config>(call, shared, group - 1).run();
@@ -80,6 +84,11 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
                     ? TensorMapSpec{params.v_pv, 1, padded_keys, kHeadDim, kv_planes, Config::kKeys,
                                     kHeadDim}
                     : TensorMapSpec{params.v_pv, 2, kHeadDim, s.keys, kv_planes, 64, Config::kKeys});
+  }
+  call.tiled_out = params.out_dtype != Dtype::kF32 && s.head_dim == kHeadDim;
+  if (error == nullptr && call.tiled_out) {
+    error = encode_tensor_map(
+        call.out, {params.out, 2, static_cast<int64_t>(s.heads) * kHeadDim, s.queries, s.batch, kOutColumns, 16});
   }
   if (error != nullptr) return error;
   const int blocks = multiprocessors() < call.work.items ? multiprocessors() : call.work.items;

@@ -40,20 +40,19 @@ struct ForwardConfig {
 
   // --------------------------------------------------------------------------- shared-memory map
   // kSlots × Q tile [kRows][kHeadDim] s8 | kStages × K tile [kKeys][kHeadDim] s8 | kStages × V tile |
-  // operands of kStart | a region a warp | notes of tiles | queue of notes | slots of row blocks | barriers
-  // (The operands are 128 bytes, but compute-sanitizer takes all of their rows for different ones: 4096 bytes.)
-  using Slot = WorkSlot<kRows, kHeadDim>;
+  // operands of kStart | notes of tiles | slots of row blocks | barriers | a region a warp
+  // (kStart's operands are 128 bytes, but compute-sanitizer takes all of their rows for different ones: 4096 bytes.)
+  using Slot = WorkSlot<kRows>;
   static constexpr int kQueryBytes = kRows * kHeadDim;
   static constexpr int kKeyBytes = kKeys * kHeadDim;
   static constexpr int kValueBytes = kKeys * kHeadDim * Values::kElementBytes;
   // A warp's float32 sums of 16 rows; later its outputs on their way to memory.
   static constexpr int kWarpBytes = 16 * kHeadDim * (Values::kExactKeys > 0 ? 4 : 2);
+  static constexpr int kRegionsBytes = 4 * kGroups * kWarpBytes;
   static constexpr int kStartBytes = 8 * 16;  // eight rows, 16 products long, of which all others are copies
   static constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
-  static constexpr int kQueue = kWarpSize + 1;
-  static constexpr int kFixedBytes = kSlots * kQueryBytes + 4 * kGroups * kWarpBytes + kStartBytes +
-                                     kQueue * static_cast<int>(sizeof(TileNote)) +
-                                     kSlots * static_cast<int>(sizeof(Slot) + 16);
+  static constexpr int kFixedBytes = kSlots * kQueryBytes + kRegionsBytes + kStartBytes +
+                                     kSlots * static_cast<int>(sizeof(Slot) + 3 * 8);
   static constexpr int kStageBytes =
       kKeyBytes + kValueBytes + static_cast<int>(sizeof(TileNote)) + 3 * 8;
   static constexpr int kMostStages = (kSharedLimit - kFixedBytes) / kStageBytes;
@@ -62,17 +61,16 @@ struct ForwardConfig {
   static constexpr int kKeysAt = kSlots * kQueryBytes;
   static constexpr int kValuesAt = kKeysAt + kStages * kKeyBytes;
   static constexpr int kStartAt = kValuesAt + kStages * kValueBytes;
-  static constexpr int kWarpsAt = kStartAt + kStartBytes;
-  static constexpr int kNotesAt = kWarpsAt + 4 * kGroups * kWarpBytes;
-  static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
-  static constexpr int kSlotsAt = kQueueAt + kQueue * static_cast<int>(sizeof(TileNote));
+  static constexpr int kNotesAt = kStartAt + kStartBytes;
+  static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kSlots * static_cast<int>(sizeof(Slot));
-  static constexpr int kBarriers = 3 * kStages + 2 * kSlots;
-  static constexpr int kAlignment = 1024;  // of tiles, for the swizzle
-  static constexpr size_t kSharedBytes = kBarriersAt + 8 * kBarriers;
+  static constexpr int kBarriers = 3 * kStages + 3 * kSlots;
+  static constexpr int kAlignment = 1024;  // of tiles and regions, for the swizzle
+  static constexpr int kRegionsAt = (kBarriersAt + 8 * kBarriers + kAlignment - 1) / kAlignment * kAlignment;
+  static constexpr size_t kSharedBytes = kRegionsAt + kRegionsBytes;
   static_assert(kSharedBytes <= kSharedLimit, "see above");
-  static_assert(kKeyBytes % kAlignment == 0 && kValueBytes % kAlignment == 0 &&
-                    kQueryBytes % kAlignment == 0 && kWarpsAt % 128 == 0 && kBarriersAt % 8 == 0,
+  static_assert(kKeyBytes % kAlignment == 0 && kValueBytes % kAlignment == 0 && kQueryBytes % kAlignment == 0 &&
+                    kWarpBytes % kAlignment == 0 && kStartAt % 16 == 0 && kBarriersAt % 8 == 0,
                 "alignment");
 
   // By all threads of the block: the code of 224.
@@ -85,8 +83,8 @@ struct ForwardConfig {
   static __device__ TileNote* notes(unsigned char* shared) {
     return reinterpret_cast<TileNote*>(shared + kNotesAt);
   }
-  static __device__ TileNote* queue(unsigned char* shared) {
-    return reinterpret_cast<TileNote*>(shared + kQueueAt);
+  static __device__ unsigned char* warp_region(unsigned char* shared, int warp) {
+    return shared + kRegionsAt + warp * kWarpBytes;
   }
   static __device__ Slot* slots(unsigned char* shared) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt);
@@ -96,6 +94,7 @@ struct ForwardConfig {
   static __device__ int v_empty(int stage) { return full(stage) + 16 * kStages; }
   static __device__ int slot_full(int slot) { return kBarriersAt + 24 * kStages + 8 * slot; }
   static __device__ int slot_empty(int slot) { return slot_full(slot) + 8 * kSlots; }
+  static __device__ int rows_done(int slot) { return slot_empty(slot) + 8 * kSlots; }
 };
 
 }  // namespace sage::sm90

@@ -1,5 +1,4 @@
-// The consumers of the forward kernel of Hopper: scores, softmax and P·V of 64 query rows a warpgroup, and what becomes of
-// finished rows. docs/kernels/sm90_forward.md has the picture.
+// The consumers of the forward kernel of Hopper: scores, softmax and P·V of 64 query rows a warpgroup. docs/kernels/sm90_forward.md has the picture.
 #pragma once
 
 #include "common/mask.cuh"
@@ -10,6 +9,7 @@
 #include "ptx/math.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
+#include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/forward_config.cuh"
@@ -28,6 +28,7 @@ class Consumer {
   using Values = typename Config::Values;
   using Slot = typename Config::Slot;
   static constexpr int kScores = Config::kScores, kHeadDim = Config::kHeadDim;
+  using OutTile = SharedTile<16, 2 * kOutColumns>;
 
   // What a row's output so far has to be multiplied with.
   struct Shrink {
@@ -37,7 +38,8 @@ class Consumer {
 
  public:
   __device__ __forceinline__ Consumer(const ForwardCall& call, unsigned char* shared, int group)
-      : params_(call.p),
+      : call_(call),
+        params_(call.p),
         zero_(call.zero),
         shared_(shared),
         base_(ptx::shared_address(shared)),
@@ -85,13 +87,13 @@ class Consumer {
           end_step(p0_);
         }
       }
-      float lse_shift[2];
-      if (ended_) fetch_for_end(lse_shift);
       if constexpr (Config::kBuffers == 2) wait_for_output();
       if (ended_) {
-        finish_rows(Config::slots(shared_)[slot_], lse_shift);
-        release(Config::slot_empty(slot_));
-        if (flags_ & kStop) return;
+        finish_rows();
+        if (flags_ & kStop) {
+          claim_region();  // the block's shared memory stays until its outputs are read
+          return;
+        }
         slot_phase_ ^= slot_;
         slot_ ^= 1;
         begin_rows();
@@ -263,8 +265,8 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       m_[r] = floor_[r] = highest_[r] = -INFINITY;
-      l_[r] = exact_l_[r] = 0.0f;
-      row_scale_[r] = slot.q_scale[warp_row_ + lane_ / 4 + 8 * r] * (params_.scale * kLog2E * Config::kStartUnits);
+      l_[r] = 0.0f;
+      row_scale_[r] = slot.scale[warp_row() + lane() / 4 + 8 * r] * (params_.scale * kLog2E * Config::kStartUnits);
     }
     summed_ = 0;
     exact_ = false;
@@ -285,40 +287,51 @@ class Consumer {
   }
 
   // What the float32 sums have to be multiplied with for the reference of now.
-  __device__ __forceinline__ float shrink_of_exact(int r) const {
-    return !exact_ || exact_m_[r] == -INFINITY ? 0.0f : ptx::ex2(exact_m_[r] - m_[r]);
+  __device__ __forceinline__ float shrink_of_exact(int within, int r) const {
+    const float m = exact_ ? Config::slots(shared_)[slot_].m[within] : -INFINITY;
+    return m == -INFINITY ? 0.0f : ptx::ex2(m - m_[r]);
   }
 
-  // The matrix unit's sums with those in shared memory, of which each thread has its own.
-  __device__ __forceinline__ void read_sums(float (&total)[kHeadDim / 2]) {
-    const float shrink[2] = {shrink_of_exact(0), shrink_of_exact(1)};
-    const float4* const sums = reinterpret_cast<const float4*>(warp_region()) + lane_;
+  // The matrix unit's sums with those in shared memory, of which each thread has its own, and the rows' l.
+  __device__ __forceinline__ void read_sums(float (&total)[kHeadDim / 2], float (&l)[2]) {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       const FourOutputs x = o_.at(n);
-      float4 sum = make_float4(x.upper.x, x.upper.y, x.lower.x, x.lower.y);
-      if (exact_) {
-        const float4 old = sums[n * kWarpSize];
-        sum = make_float4(fmaf(old.x, shrink[0], sum.x), fmaf(old.y, shrink[0], sum.y),
-                          fmaf(old.z, shrink[1], sum.z), fmaf(old.w, shrink[1], sum.w));
-      }
-      total[4 * n] = sum.x, total[4 * n + 1] = sum.y, total[4 * n + 2] = sum.z, total[4 * n + 3] = sum.w;
+      total[4 * n] = x.upper.x, total[4 * n + 1] = x.upper.y, total[4 * n + 2] = x.lower.x, total[4 * n + 3] = x.lower.y;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) l[r] = quad_sum(l_[r]);
+    if (!exact_) return;
+    float shrink[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int within = warp_row() + lane() / 4 + 8 * r;
+      shrink[r] = shrink_of_exact(within, r);
+      l[r] = fmaf(Config::slots(shared_)[slot_].scale[within], shrink[r], l[r]);
+    }
+    const float4* const sums = reinterpret_cast<const float4*>(warp_region()) + lane();
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      const float4 old = sums[n * kWarpSize];
+      const float x[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[4 * n + i] = fmaf(x[i], shrink[i / 2], total[4 * n + i]);
     }
   }
 
   // Leaves them all in shared memory.
   __device__ __forceinline__ void add_exactly() {
-    float total[kHeadDim / 2];
-    read_sums(total);
-    float4* const sums = reinterpret_cast<float4*>(warp_region()) + lane_;
+    float total[kHeadDim / 2], l[2];
+    read_sums(total, l);
+    claim_region();
+    float4* const sums = reinterpret_cast<float4*>(warp_region()) + lane();
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
       sums[n * kWarpSize] = make_float4(total[4 * n], total[4 * n + 1], total[4 * n + 2], total[4 * n + 3]);
     }
+    leave(l, m_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      exact_l_[r] = fmaf(exact_l_[r], shrink_of_exact(r), l_[r]);
-      exact_m_[r] = m_[r];
       // With sums that are empty again no reference needs to be above the maximum.
       m_[r] = floor_[r] = quad_max(highest_[r]);
       l_[r] = 0.0f;
@@ -327,80 +340,126 @@ class Consumer {
     summed_ = 0;
   }
 
+  // Leaves l and m of the rows in their slot.
+  __device__ __forceinline__ void leave(const float (&l)[2], const float (&m)[2]) {
+    Slot& slot = Config::slots(shared_)[slot_];
+    if (lane() % 4 != 0) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int within = warp_row() + lane() / 4 + 8 * r;
+      slot.scale[within] = l[r];
+      slot.m[within] = m[r];
+    }
+  }
+
   // ---------------------------------------------------------------------------------- epilogue
 
-  // What finish_rows needs, early, because memory is far away.
-  __device__ __forceinline__ void fetch_for_end(float (&shift)[2]) const {
-    const Slot& slot = Config::slots(shared_)[slot_];
-    const int64_t plane = static_cast<int64_t>(slot.mask.b) * params_.shape.heads + slot.mask.n;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = slot.row + warp_row_ + lane_ / 4 + 8 * r;
-      shift[r] = row < params_.shape.queries ? params_.lse_shift[plane * params_.shape.queries + row] : 0.0f;
-    }
-    constexpr int kLine = 128 / sizeof(float);
-    if (lane_ < kHeadDim / kLine) ptx::prefetch_global_l1(v_scale(slot) + lane_ * kLine);
+  // Until the warp's region holds nothing that it needs, nor outputs on their way to memory.
+  __device__ __forceinline__ void claim_region() {
+    if (lane() == 0) ptx::cp_async_bulk_wait_read();
+    __syncwarp();
   }
 
-  __device__ __forceinline__ const float* v_scale(const Slot& slot) const {
-    return params_.v_scale + static_cast<int64_t>(slot.kv_plane) * kHeadDim;
-  }
-
-  __device__ __forceinline__ void finish_rows(const Slot& slot, const float (&lse_shift)[2]) {
-    const AttentionShape& shape = params_.shape;
-    const Mask& mask = slot.mask;
-    const int lane = ptx::opaque(lane_), g = lane / 4, t = lane % 4;
-    const auto* const scales = reinterpret_cast<const float2*>(v_scale(slot)) + t;
-    float factor[2];
+  __device__ __forceinline__ void finish_rows() {
+    Slot& slot = Config::slots(shared_)[slot_];
+    float total[kHeadDim / 2], l[2], m[2], factor[2];
+    read_sums(total, l);
+    claim_region();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int within = warp_row_ + g + 8 * r, row = slot.row + within;
-      float l = quad_sum(fmaf(exact_l_[r], shrink_of_exact(r), l_[r])) * Values::kUnit, m = m_[r];
-      if (row >= mask.queries) {
-        l = 0.0f;
-        m = -INFINITY;
-      } else if (l != 0.0f && isnan(slot.q_scale[within])) {
-        l = NAN;
+      l[r] *= Values::kUnit;
+      m[r] = m_[r];
+      if (slot.row + warp_row() + lane() / 4 + 8 * r >= slot.mask.queries) {
+        l[r] = 0.0f;
+        m[r] = -INFINITY;
+      } else if (l[r] != 0.0f && isnan(row_scale_[r])) {
+        l[r] = NAN;
       }
-      factor[r] = l == 0.0f ? 0.0f : Values::kUnit / l;
+      factor[r] = l[r] == 0.0f ? 0.0f : __fdividef(Values::kUnit, l[r]);
       if constexpr (Values::kBounded) {  // from the reference to the maximum
         const float highest = quad_max(highest_[r]);
-        if (m != -INFINITY && m != highest) {
-          l *= ptx::ex2(m - highest);
-          m = highest;
+        if (m[r] != -INFINITY && m[r] != highest) {
+          l[r] *= ptx::ex2(m[r] - highest);
+          m[r] = highest;
         }
       }
-      if (t == 0 && row < shape.queries) {
-        const int64_t at = (static_cast<int64_t>(mask.b) * shape.heads + mask.n) * shape.queries + row;
-        params_.l[at] = l;
-        params_.m[at] = m;
-        params_.lse[at] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + lse_shift[r];
-      }
     }
-    const auto output = [&](int n, const FourOutputs& sums) {
-      const float2 scale = __ldg(scales + 4 * n);  // prefetched
-      float2 mean = {0.0f, 0.0f};
-      if constexpr (Values::kFormat == PvFormat::kE4m3) ptx::cvt_f32_bf16x2(mean.x, mean.y, slot.v_mean[4 * n + t]);
-      const auto scaled = [&](float2 sum, float by) {
-        return by == 0.0f ? float2{0.0f, 0.0f}
-                          : float2{fmaf(sum.x * by, scale.x, mean.x), fmaf(sum.y * by, scale.y, mean.y)};
-      };
-      return FourOutputs{scaled(sums.upper, factor[0]), scaled(sums.lower, factor[1])};
+    leave(l, m);
+    const int b = slot.mask.b, n = slot.mask.n, row = slot.row + warp_row();
+    const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + 2 * (lane() % 4);
+    release(Config::rows_done(slot_));
+
+    const auto* const scales = reinterpret_cast<const float2*>(params_.v_scale + channel);  // prefetched
+    const auto* const means = reinterpret_cast<const float2*>(params_.v_mean + channel);
+    const auto scaled = [&](int n, float x, float y, float by) {
+      const float2 scale = __ldg(scales + 4 * n);
+      const float2 mean = Values::kFormat == PvFormat::kE4m3 ? __ldg(means + 4 * n) : float2{0.0f, 0.0f};
+      return float2{fmaf(x * by, scale.x, mean.x), fmaf(y * by, scale.y, mean.y)};
     };
-    const int64_t first =
-        ((static_cast<int64_t>(mask.b) * shape.queries + slot.row + warp_row_) * shape.heads +
-         mask.n) * shape.head_dim;
-    const auto store = [&](const auto& outputs) {
-      store_rows<kHeadDim>(warp_region(), outputs, params_.out, params_.out_dtype, first,
-                           shape.queries - slot.row - warp_row_, static_cast<int64_t>(shape.heads) * shape.head_dim,
-                           shape.head_dim);
+    const auto outputs = [&](int n) {
+      const FourOutputs x = FromArray<kHeadDim>{total}(n);
+      return FourOutputs{scaled(n, x.upper.x, x.upper.y, factor[0]), scaled(n, x.lower.x, x.lower.y, factor[1])};
     };
-    if (Values::kExactKeys > 0 && exact_) {
-      float total[kHeadDim / 2];
-      read_sums(total);  // before outputs take their place
-      store([&](int n) { return output(n, FromArray<kHeadDim>{total}(n)); });
+    if (call_.tiled_out) {
+      if (params_.out_dtype == Dtype::kBf16) {
+        write_tile<true>(outputs);
+      } else {
+        write_tile<false>(outputs);
+      }
+      clear_rows(factor);
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+      if (lane() == 0) {
+#pragma unroll
+        for (int column = 0; column < kHeadDim; column += kOutColumns) {
+          ptx::cp_async_bulk_tensor_3d_store(&call_.out, ptx::shared_address(warp_region()) + column * 32,
+                                             n * kHeadDim + column, row, b);
+        }
+        ptx::cp_async_bulk_commit();
+      }
     } else {
-      store([&](int n) { return output(n, o_.at(n)); });
+      const int64_t first = ((static_cast<int64_t>(b) * params_.shape.queries + row) * params_.shape.heads + n) *
+                            params_.shape.head_dim;
+      store_rows<kHeadDim>(
+          warp_region(), [&](int n) { return seen(outputs(n), factor); }, params_.out, params_.out_dtype, first,
+          params_.shape.queries - row, static_cast<int64_t>(params_.shape.heads) * params_.shape.head_dim,
+          params_.shape.head_dim);
+    }
+  }
+
+  // Rows that see nothing are 0.
+  __device__ __forceinline__ static FourOutputs seen(const FourOutputs& x, const float (&factor)[2]) {
+    return {factor[0] == 0.0f ? float2{0.0f, 0.0f} : x.upper, factor[1] == 0.0f ? float2{0.0f, 0.0f} : x.lower};
+  }
+
+  // Outputs of 16 rows in 16 bits as the copy engine takes them: tiles of kOutColumns channels, swizzled.
+  template <bool kBf16, class Outputs>
+  __device__ __forceinline__ void write_tile(const Outputs& outputs) {
+    const int lane = Consumer::lane();
+    const uint32_t base = ptx::shared_address(warp_region());
+    const auto pack = [](float2 x) { return kBf16 ? ptx::cvt_bf16x2_f32(x.x, x.y) : ptx::cvt_f16x2_f32(x.x, x.y); };
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; n += 2) {
+      const FourOutputs x = outputs(n), y = outputs(n + 1);
+      const int tile = n / (kOutColumns / 8), chunk = n % (kOutColumns / 8);
+      ptx::stmatrix_x4(base + tile * 16 * kOutColumns * 2 + OutTile::offset(lane % 16, chunk + lane / 16), pack(x.upper),
+                       pack(x.lower), pack(y.upper), pack(y.lower));
+    }
+  }
+
+  // Rows that see nothing are 0.
+  __device__ __forceinline__ void clear_rows(const float (&factor)[2]) {
+    if (!__any_sync(kFullWarp, factor[0] == 0.0f || factor[1] == 0.0f)) return;
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (factor[r] != 0.0f) continue;
+#pragma unroll 1
+      for (int i = lane() % 4; i < kHeadDim / 8; i += 4) {
+        const int tile = i / (kOutColumns / 8), chunk = i % (kOutColumns / 8);
+        *reinterpret_cast<uint4*>(warp_region() + tile * 16 * kOutColumns * 2 +
+                                  OutTile::offset(lane() / 4 + 8 * r, chunk)) = make_uint4(0, 0, 0, 0);
+      }
     }
   }
 
@@ -410,10 +469,16 @@ class Consumer {
     if (lane_ == 0) ptx::mbarrier_arrive(base_ + barrier);
   }
 
+  // Found again where they are seldom needed: registers are full.
+  __device__ __forceinline__ static int lane() { return static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize; }
+  __device__ __forceinline__ int warp_row() const {
+    return 64 * group_ + static_cast<int>(ptx::opaque(threadIdx.x)) / kWarpSize % 4 * 16;
+  }
   __device__ __forceinline__ unsigned char* warp_region() {
-    return shared_ + Config::kWarpsAt + warp_row_ / 16 * Config::kWarpBytes;
+    return Config::warp_region(shared_, warp_row() / 16);
   }
 
+  const ForwardCall& call_;
   const AttendParams& params_;
   const float zero_;
   unsigned char* const shared_;
@@ -432,10 +497,9 @@ class Consumer {
   // thread, which m_ equals but for floors.
   float m_[2], l_[2], floor_[2], highest_[2];
   float row_scale_[2];
-  float exact_l_[2], exact_m_[2];  // of the sums in shared memory: what l_ and m_ were
   Shrink shrink_;   // due before the next product with V
   int summed_ = 0;  // keys in o_
-  bool exact_ = false;  // there are sums in shared memory
+  bool exact_ = false;  // there are sums in shared memory; the slot has their l and m
 };
 
 }  // namespace sage::sm90

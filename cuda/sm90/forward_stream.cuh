@@ -9,7 +9,6 @@
 #include "common/row_blocks.cuh"
 #include "common/tile.cuh"
 #include "ptx/bulk_tensor.cuh"
-#include "ptx/cvt.cuh"
 #include "ptx/mbarrier.cuh"
 
 namespace sage::sm90 {
@@ -18,17 +17,19 @@ namespace sage::sm90 {
 struct ForwardCall {
   AttendParams p;
   CUtensorMap q, k, v;
+  CUtensorMap out;  // where `tiled_out`: outputs in 16 bits, heads as wide as padded
+  bool tiled_out;
   RowBlocks work;
   float zero;  // 0, which the compiler does not know: see forward_softmax.cuh
 };
 
-// What consumers need of a row block.
-template <int kRows, int kHeadDim>
+// What consumers need of a row block, and what they leave.
+template <int kRows>
 struct WorkSlot {
   Mask mask;
   int row, kv_plane;
-  float q_scale[kRows];
-  uint32_t v_mean[kHeadDim / 2];  // pairs in bf16, which holds them exactly: shared memory is full
+  float scale[kRows];  // of Q's codes; of finished rows, l
+  float m[kRows];      // of finished rows
 };
 
 // What consumers need of a tile of keys.
@@ -40,7 +41,6 @@ struct alignas(16) TileNote {
 enum TileFlags : uint32_t {
   kHide = 1,       // some query of the first 64 rows does not see some key; of the others: kHide << 1, ...
   kBadKeys = 8,    // some key holds a NaN or Inf
-  kBegins = 16,    // first tile of its row block
   kEnds = 32,      // last tile of its row block
   kStop = 64,      // no tile: the stream has ended
 };
@@ -72,21 +72,20 @@ class Producer {
     const int plane = work.b * p.shape.heads + work.n;
     kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
     // All loads are under way before the first is used, and before the slot is free.
-    constexpr int kQ = Config::kRows / kWarpSize, kV = Config::kHeadDim / 2 / kWarpSize;
+    constexpr int kQ = Config::kRows / kWarpSize;
     float q[kQ];
-    float2 mean[kV];
     const int64_t first = static_cast<int64_t>(plane) * p.shape.queries + work.row + lane();
 #pragma unroll
     for (int i = 0; i < kQ; ++i) {
       const bool inside = work.row + lane() + i * kWarpSize < p.shape.queries;
       q[i] = inside ? p.q_scale[first + i * kWarpSize] : 0.0f;
     }
-    const auto* const v_mean =
-        reinterpret_cast<const float2*>(p.v_mean + static_cast<int64_t>(kv_plane_) * Config::kHeadDim) + lane();
-#pragma unroll
-    for (int i = 0; i < kV; ++i) {
-      mean[i] = {0.0f, 0.0f};
-      if constexpr (Config::Values::kFormat == PvFormat::kE4m3) mean[i] = v_mean[i * kWarpSize];
+    // Consumers will want these, in the end.
+    constexpr int kLine = 128 / sizeof(float);
+    if (lane() < Config::kHeadDim / kLine) {
+      const int64_t channel = static_cast<int64_t>(kv_plane_) * Config::kHeadDim + lane() * kLine;
+      ptx::prefetch_global_l1(p.v_scale + channel);
+      if (Config::Values::kFormat == PvFormat::kE4m3) ptx::prefetch_global_l1(p.v_mean + channel);
     }
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
@@ -98,9 +97,7 @@ class Producer {
       slot.kv_plane = kv_plane_;
     }
 #pragma unroll
-    for (int i = 0; i < kQ; ++i) slot.q_scale[lane() + i * kWarpSize] = q[i];
-#pragma unroll
-    for (int i = 0; i < kV; ++i) slot.v_mean[lane() + i * kWarpSize] = ptx::cvt_bf16x2_f32(mean[i].x, mean[i].y);
+    for (int i = 0; i < kQ; ++i) slot.scale[lane() + i * kWarpSize] = q[i];
     const uint32_t full = base_ + Config::slot_full(slot_index);
     if (lane() == 0) {
       ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);
@@ -114,41 +111,32 @@ class Producer {
   }
 
   // The tiles that some row sees; at least one, so that rows that see nothing are written too. The
-  // lanes look at 32 tiles at once and queue notes of those that count; one is always held back,
-  // because the last has to say that it is.
+  // lanes look at 32 tiles at once; one note is always held back, because the last has to say that it is.
   __device__ void tiles(const typename Config::Slot& slot) {
-    TileNote* const queue = Config::queue(shared_);
-    int first, end, held = 0;
+    int first, end;
     slot.mask.key_tiles(slot.row, slot.row + Config::kRows, Config::kKeys, first, end);
-    uint32_t begins = kBegins;
+    TileNote held = {0, (kHide << Config::kGroups) - kHide, {0.0f, 0.0f}};
+    bool any = false;
 #pragma unroll 1
     for (int base = first; base < end; base += kWarpSize) {
       TileNote note = {(base + lane()) * Config::kKeys, 0, {0.0f, 0.0f}};
       const bool visible = base + lane() < end && look(slot, note);
-      const uint32_t seen = __ballot_sync(kFullWarp, visible);
-      if (visible) queue[held + __popc(seen & ((1u << lane()) - 1u))] = note;
-      __syncwarp();
-      const int count = held + __popc(seen);
-      if (lane() == 0) {
 #pragma unroll 1
-        for (int i = 0; i + 1 < count; ++i) {
-          TileNote next = queue[i];
-          next.flags |= begins;
-          emit(next);
-          begins = 0;
-        }
-        if (count > 1) queue[0] = queue[count - 1];
+      for (uint32_t seen = __ballot_sync(kFullWarp, visible); seen != 0; seen &= seen - 1) {
+        if (any && lane() == 0) emit(held);
+        held = of_lane(note, __ffs(seen) - 1);
+        any = true;
       }
-      __syncwarp();
-      held = count > 0;
     }
-    if (lane() == 0) {
-      TileNote last = {0, (kHide << Config::kGroups) - kHide, {0.0f, 0.0f}};
-      if (held) last = queue[0];
-      last.flags |= begins | kEnds;
-      emit(last);
-    }
+    held.flags |= kEnds;
+    if (lane() == 0) emit(held);
     __syncwarp();
+  }
+
+  __device__ static TileNote of_lane(const TileNote& note, int lane) {
+    return {__shfl_sync(kFullWarp, note.key, lane),
+            __shfl_sync(kFullWarp, note.flags, lane),
+            {__shfl_sync(kFullWarp, note.scale[0], lane), __shfl_sync(kFullWarp, note.scale[1], lane)}};
   }
 
   // Whether a row sees a key of the tile; completes its note.
