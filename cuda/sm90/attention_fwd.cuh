@@ -18,6 +18,7 @@
 #include "sm90/forward_finish.cuh"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
+#include "sm90/store_tiles.cuh"
 
 namespace sage::sm90 {
 
@@ -85,11 +86,8 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
                                     kHeadDim}
                     : TensorMapSpec{params.v_pv, 2, kHeadDim, s.keys, kv_planes, 64, Config::kKeys});
   }
-  call.tiled_out = params.out_dtype != Dtype::kF32 && s.head_dim == kHeadDim;
-  if (error == nullptr && call.tiled_out) {
-    error = encode_tensor_map(
-        call.out, {params.out, 2, static_cast<int64_t>(s.heads) * kHeadDim, s.queries, s.batch, kOutColumns, 16});
-  }
+  call.tiled_out = leaves_in_tiles(params.out_dtype, s);
+  if (error == nullptr && call.tiled_out) error = encode_output_map(call.out, params.out, s, s.queries, s.heads);
   if (error != nullptr) return error;
   const int blocks = multiprocessors() < call.work.items ? multiprocessors() : call.work.items;
   return launch(attention_fwd<Config>, dim3(blocks), Config::kThreads, Config::kSharedBytes, stream,

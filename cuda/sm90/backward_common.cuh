@@ -25,6 +25,8 @@
 #include "sm80/backward_workspace.h"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
+#include "sm90/store_rows.cuh"
+#include "sm90/store_tiles.cuh"
 
 namespace sage::sm90 {
 
@@ -128,14 +130,45 @@ template <int kValues>
 __device__ __forceinline__ void collect(const unsigned char* region, float (&x)[kValues], bool any,
                                         bool exact) {
   const float4* const sums = reinterpret_cast<const float4*>(region) + threadIdx.x % kWarpSize;
+  if (__builtin_expect(!any, 0)) {
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) x[i] = any ? x[i] : 0.0f;
+    for (int i = 0; i < kValues; ++i) x[i] = 0.0f;
+  }
   if (!exact) return;
 #pragma unroll
   for (int i = 0; i < kValues / 4; ++i) {
     const float4 y = sums[i * kWarpSize];
     x[4 * i] += y.x, x[4 * i + 1] += y.y, x[4 * i + 2] += y.z, x[4 * i + 3] += y.w;
   }
+}
+
+// The gradients of a warp's 16 rows to memory, through its region.
+//   map, tiled   as the host has chosen
+//   outputs      outputs(n): a thread's FourOutputs of channels 8n to 8n + 7
+//   row          of `length` ones of each of `heads` heads
+template <int kHeadDim, class Outputs>
+__device__ __forceinline__ void store_gradients(const CUtensorMap& map, bool tiled, unsigned char* region,
+                                                const Outputs& outputs, void* out, Dtype dtype, int b, int row, int length,
+                                                int head, int heads, int head_dim) {
+  if (!tiled) {
+    const int64_t stride = static_cast<int64_t>(heads) * head_dim;
+    store_rows<kHeadDim>(region, outputs, out, dtype, (static_cast<int64_t>(b) * length + row) * stride + head * head_dim,
+                         length - row, stride, head_dim);
+    return;
+  }
+  __syncwarp();  // float32 sums that lay there have been read
+  if (dtype == Dtype::kBf16) {
+    write_tiles<kHeadDim, true>(region, outputs);
+  } else {
+    write_tiles<kHeadDim, false>(region, outputs);
+  }
+  send_tiles<kHeadDim>(map, region, head * kHeadDim, row, b);
+}
+
+// Asks for `count` values in memory, before they are needed: the lines that lane 32, 64, ... of the block have are theirs.
+__device__ __forceinline__ void fetch_early(const float* first, int count, int lane) {
+  constexpr int kLine = 128 / sizeof(float);
+  if (lane >= 0 && lane * kLine < count) ptx::prefetch_global_l1(first + lane * kLine);
 }
 
 // All lanes of the warp have done with what the barrier guards.

@@ -11,13 +11,14 @@
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"
-#include "sm90/store_rows.cuh"
 
 namespace sage::sm90 {
 
 struct DkvCall {
   BackwardCall p;
   CUtensorMap k, v, q, d_out, x, y;
+  CUtensorMap dk, dv;  // where they are `tiled`
+  bool tiled_dk, tiled_dv;
   int key_blocks;   // of one head
   int group_heads;  // query heads that share it
 };
@@ -52,8 +53,9 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kBadAt = kMaskAt + static_cast<int>(sizeof(Mask));
   static constexpr int kBarriersAt = kBadAt + 8;
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + 1);
-  static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0,
+  static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
+  static_assert(2 * kHeadDim * 4 <= 64 * kHeadDim, "the factors of the end fit a group's keys");
   static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
   static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
@@ -185,7 +187,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   const uint32_t base = ptx::shared_address(shared), units = base / 16;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int t = static_cast<int>(threadIdx.x) % 4;
   const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
   unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * 2 * Config::kWarpBytes;
   const DkvPlace<Config> place(call, ptx::opaque(blockIdx.x));
@@ -252,11 +254,12 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       using Rows = SharedTile<8, kHeadDim>;
       const unsigned char* const codes = shared;  // of the block's keys
       const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
+      const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
+      const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
       const uint32_t seen = seen_by_keys<Config>(
           mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))),
-          DkvPlace<Config>(call, ptx::opaque(blockIdx.x)).key + warp_row + g,
-          from_lane_0(note.key) * kGradientTile, codes + Rows::offset(warp_row + g, 0),
-          codes + Rows::offset(warp_row + g + 8, 0));
+          DkvPlace<Config>(call, ptx::opaque(blockIdx.x)).key + upper, from_lane_0(note.key) * kGradientTile,
+          codes + Rows::offset(upper, 0), codes + Rows::offset(upper + 8, 0));
       hide_codes(p_operand, seen);
       hide_codes(g_operand, seen);
     }
@@ -279,24 +282,33 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const AttentionShape& shape = p.shape;
   const DkvPlace<Config> now(call, ptx::opaque(blockIdx.x));
   const int b = now.kv_plane / shape.kv_heads, head = now.kv_plane % shape.kv_heads;
-  const int first_row = now.key + 64 * group + ptx::opaque(threadIdx.x) / kWarpSize % 4 * 16;
-  const int64_t first =
-      ((static_cast<int64_t>(b) * shape.keys + first_row) * shape.kv_heads + head) * shape.head_dim;
-  const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const uint32_t* maxima,
-                          float factor, void* out, Dtype dtype) {
+  const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128, this_group = consumer / 128;
+  const int first_row = now.key + consumer / kWarpSize * 16;
+  // What the sums of each channel have to be multiplied with, dK's and then dV's, in place of the group's keys.
+  auto* const factors = reinterpret_cast<float*>(shared + this_group * 64 * kHeadDim);
+  ptx::bar_sync(1 + this_group, 128);  // the products of all four warps have read them
+#pragma unroll 1
+  for (int i = consumer % 128; i < 2 * kHeadDim; i += 128) {
+    const bool is_dk = i < kHeadDim;
+    const int64_t channel = static_cast<int64_t>(now.kv_plane) * kHeadDim + i % kHeadDim;
+    factors[i] = (is_dk ? p.scale : 1.0f) * (1.0f / 256.0f) * channel_scale(is_dk ? p.w.y_max : p.w.x_max, channel);
+  }
+  ptx::bar_sync(1 + this_group, 128);
+  const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factors, const CUtensorMap& map,
+                          bool tiled, void* out, Dtype dtype) {
     collect(sums, x, count > 0, count > kExactTiles);
-    // Lest addresses for dV be computed with those for dK: at dimension 128 registers are full.
-    const int first_channel = kHeadDim == 128 ? ptx::opaque(2 * t) : 2 * t;
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) {
-      const int channel = i / 4 * 8 + first_channel + (i & 1);
-      x[i] *= factor * channel_scale(maxima, static_cast<int64_t>(now.kv_plane) * kHeadDim + channel);
-    }
-    store_rows<kHeadDim>(sums, FromArray<kHeadDim>{x}, out, dtype, first, shape.keys - first_row,
-                         static_cast<int64_t>(shape.kv_heads) * shape.head_dim, shape.head_dim);
+    const auto* const pairs = reinterpret_cast<const float2*>(factors) + static_cast<int>(ptx::opaque(threadIdx.x)) % 4;
+    const auto outputs = [&](int n) {
+      const float2 factor = pairs[4 * n];
+      const FourOutputs y = FromArray<kHeadDim>{x}(n);
+      return FourOutputs{{y.upper.x * factor.x, y.upper.y * factor.y}, {y.lower.x * factor.x, y.lower.y * factor.y}};
+    };
+    store_gradients<kHeadDim>(map, tiled, sums, outputs, out, dtype, b, first_row, shape.keys, head, shape.kv_heads,
+                              shape.head_dim);
   };
-  finish(dk, region, p.w.y_max, p.scale * (1.0f / 256.0f), p.dk, p.dk_dtype);
-  finish(dv, region + Config::kWarpBytes, p.w.x_max, 1.0f / 256.0f, p.dv, p.dv_dtype);
+  finish(dk, region, factors, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
+  finish(dv, region + Config::kWarpBytes, factors + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
+  wait_for_sent_tiles();
 }
 
 // ------------------------------------------------------------------------------------------ kernel
@@ -338,7 +350,14 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
-    if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared, at.kv_plane, at.key);
+    if (threadIdx.x < kWarpSize) {
+      copy_queries<Config>(call, shared, at.kv_plane, at.key);
+    } else {  // the end will want these
+      const int64_t channel = static_cast<int64_t>(at.kv_plane) * Config::kHeadDim;
+      const int lane = static_cast<int>(threadIdx.x) - kWarpSize;
+      fetch_early(reinterpret_cast<const float*>(call.p.w.x_max) + channel, Config::kHeadDim, lane);
+      fetch_early(reinterpret_cast<const float*>(call.p.w.y_max) + channel, Config::kHeadDim, lane);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     compute_dkv<Config>(call, shared, group - 1);
@@ -366,6 +385,10 @@ const char* plan_dkv(DkvCall& call, int64_t& blocks) {
   map(call.d_out, {p.w.d_out, 1, kHeadDim, padded, planes, kHeadDim, kGradientTile});
   map(call.x, {p.w.x, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
+  call.tiled_dk = leaves_in_tiles(p.dk_dtype, s);
+  call.tiled_dv = leaves_in_tiles(p.dv_dtype, s);
+  if (error == nullptr && call.tiled_dk) error = encode_output_map(call.dk, p.dk, s, s.keys, s.kv_heads);
+  if (error == nullptr && call.tiled_dv) error = encode_output_map(call.dv, p.dv, s, s.keys, s.kv_heads);
   blocks = kv_planes * call.key_blocks;
   return error;
 }

@@ -10,13 +10,14 @@
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"
-#include "sm90/store_rows.cuh"
 
 namespace sage::sm90 {
 
 struct DqCall {
   BackwardCall p;
   CUtensorMap q, d_out, k, v, z;
+  CUtensorMap dq;  // where it is `tiled`
+  bool tiled_dq;
   int row_blocks;  // of one head
 };
 
@@ -46,7 +47,8 @@ struct DqConfig : DqBlock<kHeadDim_> {
   static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
-  static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0, "what an sm_90 offers a block");
+  static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kWarpsAt % 1024 == 0,
+                "what an sm_90 offers a block; regions at multiples of 1024 bytes");
   static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int empty(int stage) { return full(stage) + 8 * kStages; }
   static constexpr int kRowsFull = kBarriersAt + 16 * kStages;
@@ -201,30 +203,46 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
       phase ^= 1;
     }
   }
-  ptx::wgmma_wait_group<0>();
-  ptx::keep_in_registers(dq);
 
   // --------------------------------------------------------------------------------------- epilogue
-  collect(region, dq, count > 0, count > kExactTiles);
+  float factor[2], dlse[2];  // of rows; fetched early
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = row + warp_row + g + 8 * r;
     const bool inside = query < p.shape.queries;
     const int64_t at = static_cast<int64_t>(plane) * p.shape.queries + query;
-    const float factor = inside ? p.w.row_factor[padded + query] : 0.0f;
-    const float dlse = inside && p.l[at] != 0.0f ? p.dlse[at] * p.scale : 0.0f;
+    factor[r] = inside ? p.w.row_factor[padded + query] : 0.0f;
+    dlse[r] = inside && p.l[at] != 0.0f ? p.dlse[at] * p.scale : 0.0f;
+  }
+  ptx::wgmma_wait_group<0>();
+  ptx::keep_in_registers(dq);
+  // Scales of channels, in place of the group's queries.
+  auto* const scales = reinterpret_cast<float*>(shared + group * 64 * kHeadDim);
+  ptx::bar_sync(1 + group, 128);  // the products of all four warps have read them
+  const int channel = static_cast<int>(ptx::opaque(threadIdx.x)) % 128;
+  if (channel < kHeadDim) {
+    scales[channel] = channel_scale(p.w.z_max, static_cast<int64_t>(kv_plane) * kHeadDim + channel);
+  }
+  ptx::bar_sync(1 + group, 128);
+  collect(region, dq, count > 0, count > kExactTiles);
+  const auto* const pairs = reinterpret_cast<const float2*>(scales) + t;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 2; ++i) {
+    const float2 scale = pairs[i / 4 * 4];
+    dq[i] *= factor[i >> 1 & 1] * (i % 2 == 0 ? scale.x : scale.y);
+  }
+  if (__any_sync(kFullWarp, dlse[0] != 0.0f || dlse[1] != 0.0f)) {
+    const auto* const means =
+        reinterpret_cast<const float2*>(p.k_mean + static_cast<int64_t>(kv_plane) * kHeadDim) + t;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
-      if ((i >> 1 & 1) != r) continue;
-      const int64_t channel = static_cast<int64_t>(kv_plane) * kHeadDim + i / 4 * 8 + 2 * t + (i & 1);
-      dq[i] = fmaf(dq[i], factor * channel_scale(p.w.z_max, channel), dlse * p.k_mean[channel]);
+      const float2 mean = __ldg(means + i / 4 * 4);
+      dq[i] = fmaf(dlse[i >> 1 & 1], i % 2 == 0 ? mean.x : mean.y, dq[i]);
     }
   }
-  const int64_t first =
-      ((static_cast<int64_t>(b) * p.shape.queries + row + warp_row) * p.shape.heads + n) *
-      p.shape.head_dim;
-  store_rows<kHeadDim>(region, FromArray<kHeadDim>{dq}, p.dq, p.dq_dtype, first, p.shape.queries - row - warp_row,
-                       static_cast<int64_t>(p.shape.heads) * p.shape.head_dim, p.shape.head_dim);
+  store_gradients<kHeadDim>(call.dq, call.tiled_dq, region, FromArray<kHeadDim>{dq}, p.dq, p.dq_dtype, b, row + warp_row,
+                            p.shape.queries, n, p.shape.heads, p.shape.head_dim);
+  wait_for_sent_tiles();
 }
 
 // ------------------------------------------------------------------------------------------ kernel
@@ -273,7 +291,19 @@ __device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shar
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     const DqPlace<Config> at(call, ptx::opaque(block));
-    if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared, at.kv_plane, at.row);
+    if (threadIdx.x < kWarpSize) {
+      copy_keys<Config>(call, shared, at.kv_plane, at.row);
+    } else {  // the end will want these
+      const BackwardCall& p = call.p;
+      const int lane = static_cast<int>(threadIdx.x) - kWarpSize, rows = min(Config::kRows, p.shape.queries - at.row);
+      const int64_t first = static_cast<int64_t>(at.plane) * p.shape.queries + at.row;
+      const int64_t padded = static_cast<int64_t>(at.plane) * tiles_of(p.shape.queries) * kTileQueries + at.row;
+      fetch_early(reinterpret_cast<const float*>(p.w.z_max) + static_cast<int64_t>(at.kv_plane) * Config::kHeadDim,
+                  Config::kHeadDim, lane);
+      fetch_early(p.w.row_factor + padded, rows, lane);
+      fetch_early(p.l + first, rows, lane);
+      fetch_early(p.dlse + first, rows, lane);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     const DqPlace<Config> at(call, ptx::opaque(block));
@@ -301,6 +331,8 @@ const char* plan_dq(DqCall& call, int64_t& blocks) {
   map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
+  call.tiled_dq = leaves_in_tiles(p.dq_dtype, s);
+  if (error == nullptr && call.tiled_dq) error = encode_output_map(call.dq, p.dq, s, s.queries, s.heads);
   blocks = planes * call.row_blocks;
   return error;
 }

@@ -4,12 +4,10 @@
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/tile.cuh"
-#include "ptx/bulk_tensor.cuh"
 #include "ptx/cvt.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
-#include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/forward_config.cuh"
@@ -18,6 +16,7 @@
 #include "sm90/forward_sums.cuh"
 #include "sm90/forward_values.cuh"
 #include "sm90/store_rows.cuh"
+#include "sm90/store_tiles.cuh"
 #include "sm90/turns.cuh"
 
 namespace sage::sm90 {
@@ -28,7 +27,6 @@ class Consumer {
   using Values = typename Config::Values;
   using Slot = typename Config::Slot;
   static constexpr int kScores = Config::kScores, kHeadDim = Config::kHeadDim;
-  using OutTile = SharedTile<16, 2 * kOutColumns>;
 
   // What a row's output so far has to be multiplied with.
   struct Shrink {
@@ -91,7 +89,7 @@ class Consumer {
       if (ended_) {
         finish_rows();
         if (flags_ & kStop) {
-          claim_region();  // the block's shared memory stays until its outputs are read
+          wait_for_sent_tiles();
           return;
         }
         slot_phase_ ^= slot_;
@@ -323,7 +321,7 @@ class Consumer {
   __device__ __forceinline__ void add_exactly() {
     float total[kHeadDim / 2], l[2];
     read_sums(total, l);
-    claim_region();
+    wait_for_sent_tiles();
     float4* const sums = reinterpret_cast<float4*>(warp_region()) + lane();
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -354,17 +352,11 @@ class Consumer {
 
   // ---------------------------------------------------------------------------------- epilogue
 
-  // Until the warp's region holds nothing that it needs, nor outputs on their way to memory.
-  __device__ __forceinline__ void claim_region() {
-    if (lane() == 0) ptx::cp_async_bulk_wait_read();
-    __syncwarp();
-  }
-
   __device__ __forceinline__ void finish_rows() {
     Slot& slot = Config::slots(shared_)[slot_];
     float total[kHeadDim / 2], l[2], m[2], factor[2];
     read_sums(total, l);
-    claim_region();
+    wait_for_sent_tiles();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       l[r] *= Values::kUnit;
@@ -402,21 +394,18 @@ class Consumer {
     };
     if (call_.tiled_out) {
       if (params_.out_dtype == Dtype::kBf16) {
-        write_tile<true>(outputs);
+        write_tiles<kHeadDim, true>(warp_region(), outputs);
       } else {
-        write_tile<false>(outputs);
+        write_tiles<kHeadDim, false>(warp_region(), outputs);
       }
-      clear_rows(factor);
-      ptx::fence_proxy_async_shared();
-      __syncwarp();
-      if (lane() == 0) {
+      if (__any_sync(kFullWarp, factor[0] == 0.0f || factor[1] == 0.0f)) {
+        __syncwarp();
 #pragma unroll
-        for (int column = 0; column < kHeadDim; column += kOutColumns) {
-          ptx::cp_async_bulk_tensor_3d_store(&call_.out, ptx::shared_address(warp_region()) + column * 32,
-                                             n * kHeadDim + column, row, b);
+        for (int r = 0; r < 2; ++r) {
+          if (factor[r] == 0.0f) clear_tile_row<kHeadDim>(warp_region(), r);
         }
-        ptx::cp_async_bulk_commit();
       }
+      send_tiles<kHeadDim>(call_.out, warp_region(), n * kHeadDim, row, b);
     } else {
       const int64_t first = ((static_cast<int64_t>(b) * params_.shape.queries + row) * params_.shape.heads + n) *
                             params_.shape.head_dim;
@@ -430,37 +419,6 @@ class Consumer {
   // Rows that see nothing are 0.
   __device__ __forceinline__ static FourOutputs seen(const FourOutputs& x, const float (&factor)[2]) {
     return {factor[0] == 0.0f ? float2{0.0f, 0.0f} : x.upper, factor[1] == 0.0f ? float2{0.0f, 0.0f} : x.lower};
-  }
-
-  // Outputs of 16 rows in 16 bits as the copy engine takes them: tiles of kOutColumns channels, swizzled.
-  template <bool kBf16, class Outputs>
-  __device__ __forceinline__ void write_tile(const Outputs& outputs) {
-    const int lane = Consumer::lane();
-    const uint32_t base = ptx::shared_address(warp_region());
-    const auto pack = [](float2 x) { return kBf16 ? ptx::cvt_bf16x2_f32(x.x, x.y) : ptx::cvt_f16x2_f32(x.x, x.y); };
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; n += 2) {
-      const FourOutputs x = outputs(n), y = outputs(n + 1);
-      const int tile = n / (kOutColumns / 8), chunk = n % (kOutColumns / 8);
-      ptx::stmatrix_x4(base + tile * 16 * kOutColumns * 2 + OutTile::offset(lane % 16, chunk + lane / 16), pack(x.upper),
-                       pack(x.lower), pack(y.upper), pack(y.lower));
-    }
-  }
-
-  // Rows that see nothing are 0.
-  __device__ __forceinline__ void clear_rows(const float (&factor)[2]) {
-    if (!__any_sync(kFullWarp, factor[0] == 0.0f || factor[1] == 0.0f)) return;
-    __syncwarp();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (factor[r] != 0.0f) continue;
-#pragma unroll 1
-      for (int i = lane() % 4; i < kHeadDim / 8; i += 4) {
-        const int tile = i / (kOutColumns / 8), chunk = i % (kOutColumns / 8);
-        *reinterpret_cast<uint4*>(warp_region() + tile * 16 * kOutColumns * 2 +
-                                  OutTile::offset(lane() / 4 + 8 * r, chunk)) = make_uint4(0, 0, 0, 0);
-      }
-    }
   }
 
   // All lanes of the warp have done with it.

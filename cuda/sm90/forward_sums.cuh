@@ -8,8 +8,6 @@
 
 namespace sage::sm90 {
 
-inline constexpr int kOutColumns = 64;  // channels of a tile of outputs that the copy engine takes: 128 bytes
-
 // Channels 8n + 2t and 8n + 2t + 1 of both rows.
 struct FourOutputs {
   float2 upper, lower;
