@@ -98,8 +98,9 @@ def attend_backward_rows(
         ("x", gradient, (B, N, Hp, Tp)),
         ("y", gradient, (B, N, Hp, Tp)),
         ("z", gradient, (B, K, Hp, Sp)),
-        # bits of maxima, cleared at the start: channels of x, y, z; then the largest norm |V_j| of each head
-        ("maxima", "u32", (3 * B * K * Hp + B * K,)),
+        # cleared at the start: bits of maxima, of channels of x, y, z and then the largest norm |V_j| of each head; how many
+        # blocks of keys and of queries are taken
+        ("maxima", "u32", (3 * B * K * Hp + B * K + 2,)),
     )
 
 

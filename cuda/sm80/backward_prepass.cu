@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall
   const BackwardWorkspace& w = p.w;
   const int64_t heads = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kClearThreads + threadIdx.x;
-  if (i < 3 * heads * p.shape.padded_dim + heads) w.x_max[i] = 0;
+  if (i < 3 * heads * p.shape.padded_dim + heads + 2) w.x_max[i] = 0;  // maxima, and what is taken
 }
 
 // The largest magnitudes of eight channels' codes over some tokens, in pairs of 16 bits: channels 0 and 2, 1 and 3, 4
@@ -306,7 +306,7 @@ const char* start(const BackwardCall& p, Stream stream) {
     return static_cast<unsigned>((tiles + per_block - 1) / per_block) * heads * batch;
   };
   const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
-  const int64_t maxima = static_cast<int64_t>(s.batch) * s.kv_heads * (3 * s.padded_dim + 1);
+  const int64_t maxima = static_cast<int64_t>(s.batch) * s.kv_heads * (3 * s.padded_dim + 1) + 2;
   const char* error = nullptr;
   const auto run = [&](void (*kernel)(BackwardCall), unsigned count, int threads) {
     if (error == nullptr) error = launch(kernel, count, threads, 0, stream, p);

@@ -35,6 +35,7 @@ struct BackwardWorkspace {
   uint32_t* y_max;        // [B, K, Hp]
   uint32_t* z_max;        // [B, K, Hp]
   uint32_t* v_max;        // [B, K] bits of the largest ‖V_j‖
+  uint32_t* taken;        // [2] blocks of rows that are taken: of keys, of queries
   void* masks;            // mask summaries
   size_t bytes;
 };
@@ -62,10 +63,11 @@ SAGE_HOST_DEVICE BackwardWorkspace backward_workspace(const BackwardParams& p) {
   w.x = row(queries * Hp);
   w.y = row(queries * Hp);
   w.z = row(kv * Hp * Sp);
-  w.x_max = reinterpret_cast<uint32_t*>(row((3 * kv * Hp + kv) * 4));
+  w.x_max = reinterpret_cast<uint32_t*>(row((3 * kv * Hp + kv + 2) * 4));
   w.y_max = w.x_max + kv * Hp;
   w.z_max = w.y_max + kv * Hp;
   w.v_max = w.z_max + kv * Hp;
+  w.taken = w.v_max + kv;
   w.masks = base + used;
   w.bytes = used;
   return w;

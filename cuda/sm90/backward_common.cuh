@@ -23,6 +23,7 @@
 #include "ptx/wgmma.cuh"
 #include "sm80/backward_operands.cuh"
 #include "sm80/backward_workspace.h"
+#include "sm90/backward_work.cuh"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
 #include "sm90/store_rows.cuh"
@@ -48,27 +49,6 @@ struct GradientBlock {
   static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes; kHide << group
   static constexpr int kHideAll = (kHide << kGroups) - kHide;
 };
-
-// Calls emit(note) in lane 0 for every tile of [first, end) that look(note) finds visible, in order.
-// All lanes of a warp take part; they look at 32 tiles at once.
-template <class Look, class Emit>
-__device__ __forceinline__ void walk_tiles(TileNote* queue, int first, int end, Look look,
-                                           Emit emit) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-#pragma unroll 1
-  for (int base = first; base < end; base += kWarpSize) {
-    TileNote note = {base + lane, 0, {0.0f, 0.0f}};
-    const bool visible = base + lane < end && look(note);
-    const uint32_t seen = __ballot_sync(kFullWarp, visible);
-    if (visible) queue[__popc(seen & ((1u << lane) - 1u))] = note;
-    __syncwarp();
-    if (lane == 0) {
-#pragma unroll 1
-      for (int i = 0; i < __popc(seen); ++i) emit(queue[i]);
-    }
-    __syncwarp();
-  }
-}
 
 // s = A·Bᵀ: 64 rows by 64 columns of INT8, both tiles [64][kHeadDim] at addresses in 16-byte units.
 template <int kHeadDim>
@@ -125,15 +105,10 @@ __device__ __forceinline__ void add_exactly(unsigned char* region, const float (
   }
 }
 
-// x plus the exact sums, where there are any; nothing where there are neither.
+// x plus the exact sums, where there are any.
 template <int kValues>
-__device__ __forceinline__ void collect(const unsigned char* region, float (&x)[kValues], bool any,
-                                        bool exact) {
+__device__ __forceinline__ void collect(const unsigned char* region, float (&x)[kValues], bool exact) {
   const float4* const sums = reinterpret_cast<const float4*>(region) + threadIdx.x % kWarpSize;
-  if (__builtin_expect(!any, 0)) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) x[i] = 0.0f;
-  }
   if (!exact) return;
 #pragma unroll
   for (int i = 0; i < kValues / 4; ++i) {
@@ -165,10 +140,11 @@ __device__ __forceinline__ void store_gradients(const CUtensorMap& map, bool til
   send_tiles<kHeadDim>(map, region, head * kHeadDim, row, b);
 }
 
-// Asks for `count` values in memory, before they are needed: the lines that lane 32, 64, ... of the block have are theirs.
-__device__ __forceinline__ void fetch_early(const float* first, int count, int lane) {
+// Asks for `count` values in memory, before they are needed. By all lanes of a warp.
+__device__ __forceinline__ void fetch_early(const float* first, int count) {
   constexpr int kLine = 128 / sizeof(float);
-  if (lane >= 0 && lane * kLine < count) ptx::prefetch_global_l1(first + lane * kLine);
+  const int at = static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize * kLine;
+  if (at < count) ptx::prefetch_global_l1(first + at);
 }
 
 // All lanes of the warp have done with what the barrier guards.

@@ -11,6 +11,7 @@
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"
+#include "sm90/backward_work.cuh"
 
 namespace sage::sm90 {
 
@@ -20,7 +21,8 @@ struct DkvCall {
   CUtensorMap dk, dv;  // where they are `tiled`
   bool tiled_dk, tiled_dv;
   int key_blocks;   // of one head
-  int group_heads;  // query heads that share it
+  int items;        // of all heads
+  int group_heads;  // query heads that share a head of keys
 };
 
 // ---------------------------------------------------------------------------------- tile constants
@@ -35,8 +37,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
 
   // --------------------------------------------------------------------------- shared-memory map
   // K [128][kHeadDim] | V [128][kHeadDim] | kStages × { Q | dO [64][kHeadDim], terms [64] }
-  //   | kStages × { x | y [kHeadDim][64] } | float32 sums of dK and dV of each warp | notes
-  //   | queue of notes | mask | whether a key is bad | barriers
+  //   | kStages × { x | y [kHeadDim][64] } | float32 sums of dK and dV of each warp | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
@@ -48,28 +49,21 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kSumsBytes = 2 * kTileBytes;
   static constexpr int kWarpsAt = kSumsAt + kStages * kSumsBytes;
   static constexpr int kNotesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;
-  static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
-  static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
-  static constexpr int kBadAt = kMaskAt + static_cast<int>(sizeof(Mask));
-  static constexpr int kBarriersAt = kBadAt + 8;
-  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + 1);
+  using Slot = GradientSlot<Block::kGroups>;
+  static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
+  static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
-  static_assert(2 * kHeadDim * 4 <= 64 * kHeadDim, "the factors of the end fit a group's keys");
+  static_assert(2 * kHeadDim * 4 <= kWarpBytes / 2, "the factors of the end fit beside a warp's outputs");
   static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
   static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
   static __device__ int sums_empty(int stage) { return scores_full(stage) + 24 * kStages; }
-  static constexpr int kRowsFull = kBarriersAt + 32 * kStages;
-};
-
-// What block `block` computes. Blocks of one head follow each other; the first keys come first, because under a causal
-// mask the most queries see them.
-template <class Config>
-struct DkvPlace {
-  int kv_plane, key;
-  __device__ __forceinline__ DkvPlace(const DkvCall& call, int block)
-      : kv_plane(block / call.key_blocks), key(block % call.key_blocks * Config::kRows) {}
+  static __device__ GradientBarriers barriers(uint32_t base) { return {base + kBarriersAt + 32 * kStages}; }
+  static __device__ Slot& slot(unsigned char* shared, int turn) {
+    return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];
+  }
 };
 
 // ------------------------------------------------------------------------------------------ roles
@@ -98,63 +92,116 @@ __device__ __forceinline__ bool bad_keys(const BackwardCall& p, int kv_plane, in
   return bad;
 }
 
+// The rows of an item: blocks of one head follow each other; the first keys come first, because under a causal mask the most
+// queries see them.
 template <class Config>
-__device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char* shared,
-                                             int kv_plane, int key) {
-  const uint32_t base = ptx::shared_address(shared);
+__device__ __forceinline__ void describe_keys(const DkvCall& call, typename Config::Slot& slot, int item) {
   const BackwardCall& p = call.p;
-  const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
-  uint32_t count = 0;  // tiles so far
+  const AttentionShape& shape = p.shape;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int kv_plane = item / call.key_blocks, key = item % call.key_blocks * Config::kRows;
+  const int b = kv_plane / shape.kv_heads, head = kv_plane % shape.kv_heads;
+  if (lane < Config::kGroups) {
+    const int tiles = tiles_of(shape.keys), tile = key / kTileKeys + lane;
+    const int64_t at = static_cast<int64_t>(kv_plane) * tiles + tile;
+    slot.k_scale[lane] = tile < tiles ? fabsf(p.k_scale[at]) : 0.0f;
+    slot.v_scale[lane] = tile < tiles ? p.v_dp_scale[at] : 0.0f;
+  } else if (lane == Config::kGroups) {
+    slot.bad = bad_keys<Config>(p, kv_plane, key) ? Config::kBadKeys | Config::kHideAll : 0u;
+  } else if (lane == kWarpSize - 1) {
+    slot.mask = Mask(shape, p.masks, p.w.masks, b, head * (shape.heads / shape.kv_heads));
+    slot.b = b;
+    slot.head = head;
+    slot.kv_plane = kv_plane;
+    slot.row = key;
+  }
+  __syncwarp();
+  const int64_t channel = static_cast<int64_t>(slot.kv_plane) * Config::kHeadDim;
+  fetch_early(reinterpret_cast<const float*>(p.w.x_max) + channel, Config::kHeadDim);  // for the end
+  fetch_early(reinterpret_cast<const float*>(p.w.y_max) + channel, Config::kHeadDim);
+}
+
+// What is remembered from one item to the next is little, and the slot has the rest: the loader has few registers.
+template <class Config>
+__device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char* shared) {
+  const uint32_t base = ptx::shared_address(shared);
+  const GradientBarriers barriers = Config::barriers(base);
+  const BackwardCall& p = call.p;
+  uint32_t count = 0;  // notes so far
   int head = 0;
-  const auto emit = [&](const TileNote& note) {
-    const int stage = static_cast<int>(count % Config::kStages);
-    const uint32_t phase = count / Config::kStages % 2;
-    const uint32_t scores_full = base + Config::scores_full(stage);
-    const uint32_t sums_full = base + Config::sums_full(stage);
-    const uint32_t scores = base + Config::kScoresAt + stage * Config::kScoresBytes;
-    const uint32_t sums = base + Config::kSumsAt + stage * Config::kSumsBytes;
-    ptx::mbarrier_wait(base + Config::scores_empty(stage), phase ^ 1);
-    TileNote& to = reinterpret_cast<TileNote*>(shared + Config::kNotesAt)[stage];
-    to = note;
-    to.scale[0] = __int_as_float(head);
-    if (note.flags & Config::kStop) {
-      ptx::mbarrier_arrive(scores_full);
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    typename Config::Slot& slot = Config::slot(shared, turn);
+    const int item = next_item(p.w.taken);
+    ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
+    if (item >= call.items) {
+      if (threadIdx.x == 0) {
+        slot.row = kNoRows;
+        ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+      }
       return;
     }
-    const int query = note.key * kGradientTile, plane = kv_plane * call.group_heads + head;
-    const int64_t padded = static_cast<int64_t>(tiles_of(ptx::opaque(p.shape.queries))) * kTileQueries;
-    ptx::mbarrier_arrive_expect_tx(scores_full, Config::kScoresBytes);
-    ptx::cp_async_bulk_tensor_3d(scores, &call.q, scores_full, 0, query, plane);
-    ptx::cp_async_bulk_tensor_3d(scores + Config::kTileBytes, &call.d_out, scores_full, 0, query,
-                                 plane);
-    ptx::cp_async_bulk(scores + 2 * Config::kTileBytes, p.w.terms + plane * padded + query,
-                       Config::kTermsBytes, scores_full);
-    ptx::mbarrier_wait(base + Config::sums_empty(stage), phase ^ 1);
-    ptx::mbarrier_arrive_expect_tx(sums_full, Config::kSumsBytes);
-    ptx::cp_async_bulk_tensor_3d(sums, &call.x, sums_full, query, 0, plane);
-    ptx::cp_async_bulk_tensor_3d(sums + Config::kTileBytes, &call.y, sums_full, query, 0, plane);
-    ++count;
-  };
-#pragma unroll 1
-  for (head = 0; head < call.group_heads; ++head) {
-    int first, end;
-    mask.query_tiles(key, ptx::opaque(key) + Config::kRows, kGradientTile, first, end);
-    // For every 32 tiles anew, behind ptx::opaque: remembered, it would be spilled.
-    const auto look = [&](TileNote& note) {
-      bool visible = false;
-      note.flags = *reinterpret_cast<const uint32_t*>(shared + Config::kBadAt);
-#pragma unroll 1
-      for (int group = 0; group < Config::kGroups; ++group) {
-        const TileView view = mask.view(note.key * kGradientTile, kGradientTile, key + 64 * group,
-                                        MaskOffsets(p, ptx::opaque(head)).state);
-        visible = visible || view != TileView::kNothing;
-        if (view != TileView::kAll) note.flags |= Config::kHide << group;
+    describe_keys<Config>(call, slot, item);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+      ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
+      ptx::mbarrier_arrive_expect_tx(barriers.rows_full(), 2 * Config::kRowsBytes);
+      ptx::cp_async_bulk_tensor_3d(base, &call.k, barriers.rows_full(), 0, slot.row, slot.kv_plane);
+      ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, barriers.rows_full(), 0, slot.row, slot.kv_plane);
+    }
+    __syncwarp();
+    const auto emit = [&](const TileNote& note) {
+      const int stage = static_cast<int>(count % Config::kStages);
+      const uint32_t phase = count / Config::kStages % 2;
+      const uint32_t scores_full = base + Config::scores_full(stage);
+      const uint32_t sums_full = base + Config::sums_full(stage);
+      const uint32_t scores = base + Config::kScoresAt + stage * Config::kScoresBytes;
+      const uint32_t sums = base + Config::kSumsAt + stage * Config::kSumsBytes;
+      ++count;
+      ptx::mbarrier_wait(base + Config::scores_empty(stage), phase ^ 1);
+      TileNote& to = reinterpret_cast<TileNote*>(shared + Config::kNotesAt)[stage];
+      to = note;
+      to.scale[0] = __int_as_float(head);
+      if (note.flags & Config::kStop) {
+        ptx::mbarrier_arrive(scores_full);
+        ptx::mbarrier_wait(base + Config::sums_empty(stage), phase ^ 1);
+        ptx::mbarrier_arrive(sums_full);
+        return;
       }
-      return visible;
+      const int query = note.key * kGradientTile, plane = slot.kv_plane * call.group_heads + head;
+      const int64_t padded = static_cast<int64_t>(tiles_of(ptx::opaque(p.shape.queries))) * kTileQueries;
+      ptx::mbarrier_arrive_expect_tx(scores_full, Config::kScoresBytes);
+      ptx::cp_async_bulk_tensor_3d(scores, &call.q, scores_full, 0, query, plane);
+      ptx::cp_async_bulk_tensor_3d(scores + Config::kTileBytes, &call.d_out, scores_full, 0, query,
+                                   plane);
+      ptx::cp_async_bulk(scores + 2 * Config::kTileBytes, p.w.terms + plane * padded + query,
+                         Config::kTermsBytes, scores_full);
+      ptx::mbarrier_wait(base + Config::sums_empty(stage), phase ^ 1);
+      ptx::mbarrier_arrive_expect_tx(sums_full, Config::kSumsBytes);
+      ptx::cp_async_bulk_tensor_3d(sums, &call.x, sums_full, query, 0, plane);
+      ptx::cp_async_bulk_tensor_3d(sums + Config::kTileBytes, &call.y, sums_full, query, 0, plane);
     };
-    walk_tiles(reinterpret_cast<TileNote*>(shared + Config::kQueueAt), first, end, look, emit);
+#pragma unroll 1
+    for (head = 0; head < call.group_heads; ++head) {
+      int first, end;
+      slot.mask.query_tiles(slot.row, slot.row + Config::kRows, kGradientTile, first, end);
+      const auto look = [&](TileNote& note) {
+        bool visible = false;
+        note.flags = slot.bad;
+#pragma unroll 1
+        for (int group = 0; group < Config::kGroups; ++group) {
+          const TileView view = slot.mask.view(note.key * kGradientTile, kGradientTile, slot.row + 64 * group,
+                                               MaskOffsets(p, ptx::opaque(head)).state);
+          visible = visible || view != TileView::kNothing;
+          if (view != TileView::kAll) note.flags |= Config::kHide << group;
+        }
+        return visible;
+      };
+      walk_tiles(first, end, look, emit);
+    }
+    if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
+    __syncwarp();
   }
-  if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
 }
 
 // Which of a thread's values count; `codes` is the first code of the row of key `key`.
@@ -182,26 +229,24 @@ __device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOff
   return seen;
 }
 
+// dK and dV of the rows of the slot of `turn`. `count`: notes so far.
 template <class Config>
-__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group) {
+__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn, uint32_t& count) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   const uint32_t base = ptx::shared_address(shared), units = base / 16;
+  const GradientBarriers barriers = Config::barriers(base);
   const int t = static_cast<int>(threadIdx.x) % 4;
   const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
   unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * 2 * Config::kWarpBytes;
-  const DkvPlace<Config> place(call, ptx::opaque(blockIdx.x));
-  const int tiles = tiles_of(p.shape.keys), tile_index = place.key / kTileKeys + group;
-  const int64_t scale_at = static_cast<int64_t>(place.kv_plane) * tiles + tile_index;
-  const float k_scale = tile_index < tiles ? fabsf(p.k_scale[scale_at]) : 0.0f;
-  const float v_scale = tile_index < tiles ? p.v_dp_scale[scale_at] : 0.0f;
+  const float k_scale = Config::slot(shared, turn).k_scale[group], v_scale = Config::slot(shared, turn).v_scale[group];
 
   int s[kGradientValues], d[kGradientValues];
-  float dk[kHeadDim / 2], dv[kHeadDim / 2];
+  float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
   uint32_t p_operand[kGradientRegisters], g_operand[kGradientRegisters];
-  uint32_t count = 0;  // tiles so far
+  int tiles = 0;  // so far
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
-  ptx::mbarrier_wait(base + Config::kRowsFull, 0);
+  ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
 
   while (true) {
     const int stage = static_cast<int>(count % Config::kStages);
@@ -217,14 +262,15 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(dk);
     ptx::keep_in_registers(dv);
-    if (count > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+    if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
     ptx::wgmma_fence();
     multiply_scores<kHeadDim>(s, keys, queries);
     multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
     ptx::wgmma_commit_group();
-    if (count > 0 && count % kExactTiles == 0) {
-      add_exactly(region, dk, count == kExactTiles);
-      add_exactly(region + Config::kWarpBytes, dv, count == kExactTiles);
+    if (tiles > 0 && tiles % kExactTiles == 0) {
+      if (tiles == kExactTiles) wait_for_sent_tiles();
+      add_exactly(region, dk, tiles == kExactTiles);
+      add_exactly(region + Config::kWarpBytes, dv, tiles == kExactTiles);
     }
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(s);
@@ -253,12 +299,12 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     if (__builtin_expect(flags & (Config::kHide << group), 0)) {
       using Rows = SharedTile<8, kHeadDim>;
       const unsigned char* const codes = shared;  // of the block's keys
-      const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
+      const auto& slot = Config::slot(shared, turn);
       const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
       const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
       const uint32_t seen = seen_by_keys<Config>(
-          mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))),
-          DkvPlace<Config>(call, ptx::opaque(blockIdx.x)).key + upper, from_lane_0(note.key) * kGradientTile,
+          slot.mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))),
+          slot.row + upper, from_lane_0(note.key) * kGradientTile,
           codes + Rows::offset(upper, 0), codes + Rows::offset(upper + 8, 0));
       hide_codes(p_operand, seen);
       hide_codes(g_operand, seen);
@@ -269,34 +315,46 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::keep_in_registers(p_operand);
     ptx::keep_in_registers(g_operand);
     ptx::wgmma_fence();
-    multiply_gradients<kHeadDim>(dv, p_operand, sums, count % kExactTiles != 0);
-    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, count % kExactTiles != 0);
+    multiply_gradients<kHeadDim>(dv, p_operand, sums, tiles % kExactTiles != 0);
+    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, tiles % kExactTiles != 0);
     ptx::wgmma_commit_group();
     ++count;
+    ++tiles;
   }
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dk);
   ptx::keep_in_registers(dv);
+  release(barriers.rows_empty());
+  // The note that ends the tiles.
+  if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+  const int last = static_cast<int>(count % Config::kStages);
+  release(base + Config::scores_empty(last));
+  ptx::mbarrier_wait(base + Config::sums_full(last), count / Config::kStages % 2);
+  release(base + Config::sums_empty(last));
+  ++count;
 
   // --------------------------------------------------------------------------------------- epilogue
+  wait_for_sent_tiles();
+  collect(region, dk, tiles > kExactTiles);
+  collect(region + Config::kWarpBytes, dv, tiles > kExactTiles);
   const AttentionShape& shape = p.shape;
-  const DkvPlace<Config> now(call, ptx::opaque(blockIdx.x));
-  const int b = now.kv_plane / shape.kv_heads, head = now.kv_plane % shape.kv_heads;
+  const auto& slot = Config::slot(shared, ptx::opaque(turn));
   const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128, this_group = consumer / 128;
-  const int first_row = now.key + consumer / kWarpSize * 16;
-  // What the sums of each channel have to be multiplied with, dK's and then dV's, in place of the group's keys.
-  auto* const factors = reinterpret_cast<float*>(shared + this_group * 64 * kHeadDim);
-  ptx::bar_sync(1 + this_group, 128);  // the products of all four warps have read them
+  const int b = slot.b, head = slot.head, first_row = slot.row + consumer / kWarpSize * 16;
+  // What the sums of each channel have to be multiplied with, dK's and then dV's, beside the first warp's outputs.
+  auto* const factors = reinterpret_cast<float*>(shared + Config::kWarpsAt + this_group * 8 * Config::kWarpBytes +
+                                                 Config::kWarpBytes / 2);
+  ptx::bar_sync(1 + this_group, 128);  // that warp has read its sums
 #pragma unroll 1
   for (int i = consumer % 128; i < 2 * kHeadDim; i += 128) {
     const bool is_dk = i < kHeadDim;
-    const int64_t channel = static_cast<int64_t>(now.kv_plane) * kHeadDim + i % kHeadDim;
+    const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + i % kHeadDim;
     factors[i] = (is_dk ? p.scale : 1.0f) * (1.0f / 256.0f) * channel_scale(is_dk ? p.w.y_max : p.w.x_max, channel);
   }
+  release(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
   ptx::bar_sync(1 + this_group, 128);
   const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factors, const CUtensorMap& map,
                           bool tiled, void* out, Dtype dtype) {
-    collect(sums, x, count > 0, count > kExactTiles);
     const auto* const pairs = reinterpret_cast<const float2*>(factors) + static_cast<int>(ptx::opaque(threadIdx.x)) % 4;
     const auto outputs = [&](int n) {
       const float2 factor = pairs[4 * n];
@@ -308,29 +366,16 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   };
   finish(dk, region, factors, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
   finish(dv, region + Config::kWarpBytes, factors + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
-  wait_for_sent_tiles();
 }
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// A block of those that compute dK and dV, which come first in the launch. Its place is found again behind
-// ptx::opaque: the loader leaves few registers to what is remembered.
+// A block of those that compute dK and dV, which come first in the launch.
 template <class Config>
 __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* shared) {
   const uint32_t base = ptx::shared_address(shared);
-  // Memory is far away: K and V, the mask's bounds and the scales are asked for at the same time.
-  if (threadIdx.x == kWarpSize) {
-    const AttentionShape& shape = call.p.shape;
-    const int plane = DkvPlace<Config>(call, ptx::opaque(blockIdx.x)).kv_plane;
-    *reinterpret_cast<Mask*>(shared + Config::kMaskAt) =
-        Mask(shape, call.p.masks, call.p.w.masks, plane / shape.kv_heads,
-             plane % shape.kv_heads * (shape.heads / shape.kv_heads));
-  } else if (threadIdx.x == 2 * kWarpSize) {
-    const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
-    *reinterpret_cast<uint32_t*>(shared + Config::kBadAt) =
-        bad_keys<Config>(call.p, at.kv_plane, at.key) ? Config::kBadKeys | Config::kHideAll : 0u;
-  } else if (threadIdx.x == 0) {
-    ptx::mbarrier_init(base + Config::kRowsFull, 1);
+  if (threadIdx.x == 0) {
+    Config::barriers(base).init(4 * Config::kGroups);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::scores_full(i), 1);
       ptx::mbarrier_init(base + Config::sums_full(i), 1);
@@ -339,34 +384,29 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
     }
     ptx::fence_mbarrier_init();
     ptx::fence_proxy_async_shared();
-    const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
-    const uint32_t full = base + Config::kRowsFull;
-    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
-    ptx::cp_async_bulk_tensor_3d(base, &call.k, full, 0, at.key, at.kv_plane);
-    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, full, 0, at.key, at.kv_plane);
   }
   __syncthreads();
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    const DkvPlace<Config> at(call, ptx::opaque(blockIdx.x));
-    if (threadIdx.x < kWarpSize) {
-      copy_queries<Config>(call, shared, at.kv_plane, at.key);
-    } else {  // the end will want these
-      const int64_t channel = static_cast<int64_t>(at.kv_plane) * Config::kHeadDim;
-      const int lane = static_cast<int>(threadIdx.x) - kWarpSize;
-      fetch_early(reinterpret_cast<const float*>(call.p.w.x_max) + channel, Config::kHeadDim, lane);
-      fetch_early(reinterpret_cast<const float*>(call.p.w.y_max) + channel, Config::kHeadDim, lane);
-    }
+    if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    compute_dkv<Config>(call, shared, group - 1);
+    const GradientBarriers barriers = Config::barriers(base);
+    uint32_t count = 0;
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {
+      ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
+      if (from_lane_0(Config::slot(shared, turn).row) == kNoRows) break;
+      compute_dkv<Config>(call, shared, group - 1, turn, count);
+    }
+    wait_for_sent_tiles();
   }
 }
 
-// Completes a call, which takes `blocks` blocks.
+// Completes a call, which has `items` blocks of keys.
 template <class Config>
-const char* plan_dkv(DkvCall& call, int64_t& blocks) {
+const char* plan_dkv(DkvCall& call, int64_t& items) {
   const BackwardCall& p = call.p;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& s = p.shape;
@@ -389,7 +429,8 @@ const char* plan_dkv(DkvCall& call, int64_t& blocks) {
   call.tiled_dv = leaves_in_tiles(p.dv_dtype, s);
   if (error == nullptr && call.tiled_dk) error = encode_output_map(call.dk, p.dk, s, s.keys, s.kv_heads);
   if (error == nullptr && call.tiled_dv) error = encode_output_map(call.dv, p.dv, s, s.keys, s.kv_heads);
-  blocks = kv_planes * call.key_blocks;
+  items = kv_planes * call.key_blocks;
+  call.items = static_cast<int>(items);
   return error;
 }
 

@@ -10,6 +10,7 @@
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"
+#include "sm90/backward_work.cuh"
 
 namespace sage::sm90 {
 
@@ -19,6 +20,7 @@ struct DqCall {
   CUtensorMap dq;  // where it is `tiled`
   bool tiled_dq;
   int row_blocks;  // of one head
+  int items;       // of all heads
 };
 
 // ---------------------------------------------------------------------------------- tile constants
@@ -34,7 +36,7 @@ struct DqConfig : DqBlock<kHeadDim_> {
 
   // --------------------------------------------------------------------------- shared-memory map
   // Q [128][kHeadDim] | dO [128][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
-  //   | float32 sums of each warp | notes | queue of notes | mask | barriers
+  //   | float32 sums of each warp | terms of the rows | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kStageBytes = 3 * kTileBytes;
@@ -42,67 +44,127 @@ struct DqConfig : DqBlock<kHeadDim_> {
   static constexpr int kStages = kHeadDim == 128 ? 4 : 6;
   static constexpr int kStagesAt = 2 * kRowsBytes;
   static constexpr int kWarpsAt = kStagesAt + kStages * kStageBytes;
-  static constexpr int kNotesAt = kWarpsAt + 4 * Block::kGroups * kWarpBytes;
-  static constexpr int kQueueAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
-  static constexpr int kMaskAt = kQueueAt + kWarpSize * static_cast<int>(sizeof(TileNote));
-  static constexpr int kBarriersAt = kMaskAt + static_cast<int>(sizeof(Mask));
-  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1);
+  static constexpr int kTermsAt = kWarpsAt + 4 * Block::kGroups * kWarpBytes;
+  static constexpr int kNotesAt = kTermsAt + Block::kRows * static_cast<int>(sizeof(QueryTerms));
+  using Slot = GradientSlot<Block::kGroups>;
+  static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
+  static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + GradientBarriers::kCount);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; regions at multiples of 1024 bytes");
   static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int empty(int stage) { return full(stage) + 8 * kStages; }
-  static constexpr int kRowsFull = kBarriersAt + 16 * kStages;
+  static __device__ GradientBarriers barriers(uint32_t base) { return {base + kBarriersAt + 16 * kStages}; }
+  static __device__ Slot& slot(unsigned char* shared, int turn) {
+    return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];
+  }
 };
 
 // ------------------------------------------------------------------------------------------ roles
 
+// The rows of an item: blocks of one head follow each other, so that its keys stay in L2; the last rows come first, because
+// under a causal mask they see the most keys.
 template <class Config>
-__device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* shared, int kv_plane, int row) {
+__device__ __forceinline__ void describe_queries(const DqCall& call, typename Config::Slot& slot, int item) {
+  const BackwardCall& p = call.p;
+  const AttentionShape& shape = p.shape;
+  const int plane = item / call.row_blocks, row = (call.row_blocks - 1 - item % call.row_blocks) * Config::kRows;
+  const int b = plane / shape.heads, n = plane % shape.heads, kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
+  if (threadIdx.x == 0) {
+    slot.mask = Mask(shape, p.masks, p.w.masks, b, n);
+    slot.b = b;
+    slot.head = n;
+    slot.kv_plane = kv_plane;
+    slot.row = row;
+  }
+  // For the end.
+  const int rows = min(Config::kRows, shape.queries - row);
+  const int64_t first = static_cast<int64_t>(plane) * shape.queries + row;
+  fetch_early(reinterpret_cast<const float*>(p.w.z_max) + static_cast<int64_t>(kv_plane) * Config::kHeadDim,
+              Config::kHeadDim);
+  fetch_early(p.w.row_factor + static_cast<int64_t>(plane) * tiles_of(shape.queries) * kTileQueries + row, rows);
+  fetch_early(p.l + first, rows);
+  fetch_early(p.dlse + first, rows);
+  __syncwarp();
+}
+
+// What is remembered from one item to the next is little, and the slot has the rest: the loader has few registers.
+template <class Config>
+__device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* shared) {
   const uint32_t base = ptx::shared_address(shared);
-  const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
-  const int keys = call.p.shape.keys;
-  const float* const k_scale = call.p.k_scale + static_cast<int64_t>(kv_plane) * tiles_of(keys);
-  const float* const v_scale = call.p.v_dp_scale + static_cast<int64_t>(kv_plane) * tiles_of(keys);
+  const GradientBarriers barriers = Config::barriers(base);
+  const BackwardCall& p = call.p;
+  const int keys = p.shape.keys;
   int stage = 0;
   uint32_t phase = 0;
-  const auto emit = [&](const TileNote& note) {
-    const uint32_t full = base + Config::full(stage);
-    const uint32_t at = base + Config::kStagesAt + stage * Config::kStageBytes;
-    ptx::mbarrier_wait(base + Config::empty(stage), phase ^ 1);
-    reinterpret_cast<TileNote*>(shared + Config::kNotesAt)[stage] = note;
-    if (note.flags & Config::kStop) {
-      ptx::mbarrier_arrive(full);
-    } else {
-      const int key = note.key * kGradientTile;
-      ptx::mbarrier_arrive_expect_tx(full, Config::kStageBytes);
-      ptx::cp_async_bulk_tensor_3d(at, &call.k, full, 0, key, kv_plane);
-      ptx::cp_async_bulk_tensor_3d(at + Config::kTileBytes, &call.v, full, 0, key, kv_plane);
-      ptx::cp_async_bulk_tensor_3d(at + 2 * Config::kTileBytes, &call.z, full, key, 0, kv_plane);
-    }
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  };
-  const auto look = [&](TileNote& note) {
-    bool visible = false;
 #pragma unroll 1
-    for (int group = 0; group < Config::kGroups; ++group) {
-      const TileView view = mask.view(row + 64 * group, 64, note.key * kGradientTile);
-      visible = visible || view != TileView::kNothing;
-      if (view != TileView::kAll) note.flags |= Config::kHide << group;
+  for (int turn = 0;; ++turn) {
+    typename Config::Slot& slot = Config::slot(shared, turn);
+    const int item = next_item(p.w.taken + 1);
+    ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
+    if (item >= call.items) {
+      if (threadIdx.x == 0) {
+        slot.row = kNoRows;
+        ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+      }
+      return;
     }
-    if (!visible) return false;
-    const float k = k_scale[note.key];
-    if (k < 0.0f) note.flags |= Config::kBadKeys | Config::kHideAll;
-    note.scale[0] = fabsf(k);
-    note.scale[1] = v_scale[note.key];
-    return true;
-  };
-  int first, end;
-  mask.key_tiles(row, row + Config::kRows, kGradientTile, first, end);
-  walk_tiles(reinterpret_cast<TileNote*>(shared + Config::kQueueAt), first, end, look, emit);
-  if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
+    describe_queries<Config>(call, slot, item);
+    if (threadIdx.x == 0) {
+      const int plane = slot.b * p.shape.heads + slot.head, padded = tiles_of(p.shape.queries) * kTileQueries;
+      const uint32_t terms_bytes = min(Config::kRows, padded - slot.row) * static_cast<int>(sizeof(QueryTerms));
+      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+      ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
+      const uint32_t full = barriers.rows_full();
+      ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes + terms_bytes);
+      ptx::cp_async_bulk_tensor_3d(base, &call.q, full, 0, slot.row, plane);
+      ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.d_out, full, 0, slot.row, plane);
+      ptx::cp_async_bulk(base + Config::kTermsAt, p.w.terms + static_cast<int64_t>(plane) * padded + slot.row, terms_bytes,
+                         full);
+    }
+    __syncwarp();
+    const float* const k_scale = p.k_scale + static_cast<int64_t>(slot.kv_plane) * tiles_of(keys);
+    const float* const v_scale = p.v_dp_scale + static_cast<int64_t>(slot.kv_plane) * tiles_of(keys);
+    const auto emit = [&](const TileNote& note) {
+      const uint32_t full = base + Config::full(stage);
+      const uint32_t at = base + Config::kStagesAt + stage * Config::kStageBytes;
+      ptx::mbarrier_wait(base + Config::empty(stage), phase ^ 1);
+      reinterpret_cast<TileNote*>(shared + Config::kNotesAt)[stage] = note;
+      if (note.flags & Config::kStop) {
+        ptx::mbarrier_arrive(full);
+      } else {
+        const int key = note.key * kGradientTile, kv_plane = slot.kv_plane;
+        ptx::mbarrier_arrive_expect_tx(full, Config::kStageBytes);
+        ptx::cp_async_bulk_tensor_3d(at, &call.k, full, 0, key, kv_plane);
+        ptx::cp_async_bulk_tensor_3d(at + Config::kTileBytes, &call.v, full, 0, key, kv_plane);
+        ptx::cp_async_bulk_tensor_3d(at + 2 * Config::kTileBytes, &call.z, full, key, 0, kv_plane);
+      }
+      if (++stage == Config::kStages) {
+        stage = 0;
+        phase ^= 1;
+      }
+    };
+    const auto look = [&](TileNote& note) {
+      bool visible = false;
+#pragma unroll 1
+      for (int group = 0; group < Config::kGroups; ++group) {
+        const TileView view = slot.mask.view(slot.row + 64 * group, 64, note.key * kGradientTile);
+        visible = visible || view != TileView::kNothing;
+        if (view != TileView::kAll) note.flags |= Config::kHide << group;
+      }
+      if (!visible) return false;
+      const float k = k_scale[note.key];
+      if (k < 0.0f) note.flags |= Config::kBadKeys | Config::kHideAll;
+      note.scale[0] = fabsf(k);
+      note.scale[1] = v_scale[note.key];
+      return true;
+    };
+    int first, end;
+    slot.mask.key_tiles(slot.row, slot.row + Config::kRows, kGradientTile, first, end);
+    walk_tiles(first, end, look, emit);
+    if (threadIdx.x == 0) emit({0, Config::kStop, {0.0f, 0.0f}});
+    __syncwarp();
+  }
 }
 
 // Which of a thread's values count.
@@ -127,32 +189,34 @@ __device__ __forceinline__ uint32_t seen_by_queries(const Mask& mask, int query,
   return seen;
 }
 
+// dQ of the rows of the slot of `turn`; `stage` and `phase` are of the next note.
 template <class Config>
-__device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* shared, int group,
-                                           int plane, int kv_plane, int b, int n, int row) {
+__device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* shared, int group, int turn, int& stage,
+                                           uint32_t& phase) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   const uint32_t base = ptx::shared_address(shared), units = base / 16;
+  const GradientBarriers barriers = Config::barriers(base);
+  const auto& slot = Config::slot(shared, turn);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
   const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
   unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * Config::kWarpBytes;
-  const int64_t padded = static_cast<int64_t>(plane) * tiles_of(p.shape.queries) * kTileQueries;
 
-  // The terms of rows g and g + 8; padded rows exist up to a multiple of 64.
-  QueryTerms terms[2];
+  ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
+  QueryTerms terms[2];  // of rows g and g + 8
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int query = row + warp_row + g + 8 * r;
+    const int within = warp_row + g + 8 * r;
     terms[r] = {0.0f, -INFINITY, 0.0f, 0.0f};
-    if (query < p.shape.queries) terms[r] = p.w.terms[padded + query];
+    if (slot.row + within < p.shape.queries) {
+      terms[r] = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt)[within];
+    }
   }
   int s[kGradientValues], d[kGradientValues];
-  float dq[kHeadDim / 2];
+  float dq[kHeadDim / 2] = {};
   uint32_t operand[kGradientRegisters];
-  int count = 0, stage = 0;  // tiles so far
-  uint32_t phase = 0;
+  int count = 0;  // tiles so far
   const uint32_t queries = units + group * 64 * kHeadDim / 16;
-  ptx::mbarrier_wait(base + Config::kRowsFull, 0);
 
   while (true) {
     ptx::mbarrier_wait(base + Config::full(stage), phase);
@@ -169,6 +233,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
     ptx::keep_in_registers(dq);
     if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
     if (count > 0 && count % kExactTiles == 0) {
+      if (count == kExactTiles) wait_for_sent_tiles();
       add_exactly(region, dq, count == kExactTiles);
     }
 
@@ -187,9 +252,8 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
       E4m3Values::pack(operand + 2 * c, x);
     }
     if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
-      const Mask& mask = *reinterpret_cast<const Mask*>(shared + Config::kMaskAt);
       hide_codes(operand, seen_by_queries<Config>(
-                              mask, row + warp_row + g, note.key * kGradientTile,
+                              slot.mask, slot.row + warp_row + g, note.key * kGradientTile,
                               note.flags & Config::kBadKeys,
                               shared + Config::kStagesAt + stage * Config::kStageBytes));
     }
@@ -205,26 +269,38 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   }
 
   // --------------------------------------------------------------------------------------- epilogue
+  const int b = slot.b, n = slot.head, row = slot.row + warp_row, kv_plane = slot.kv_plane;
   float factor[2], dlse[2];  // of rows; fetched early
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int query = row + warp_row + g + 8 * r;
+    const int query = row + g + 8 * r;
     const bool inside = query < p.shape.queries;
-    const int64_t at = static_cast<int64_t>(plane) * p.shape.queries + query;
-    factor[r] = inside ? p.w.row_factor[padded + query] : 0.0f;
+    const int64_t plane = static_cast<int64_t>(b) * p.shape.heads + n, at = plane * p.shape.queries + query;
+    factor[r] = inside ? p.w.row_factor[plane * tiles_of(p.shape.queries) * kTileQueries + query] : 0.0f;
     dlse[r] = inside && p.l[at] != 0.0f ? p.dlse[at] * p.scale : 0.0f;
   }
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dq);
-  // Scales of channels, in place of the group's queries.
-  auto* const scales = reinterpret_cast<float*>(shared + group * 64 * kHeadDim);
-  ptx::bar_sync(1 + group, 128);  // the products of all four warps have read them
+  release(barriers.rows_empty());
+  release(barriers.slot_empty(turn % kGradientSlots));
+  // The note that ends the tiles, and the tile before.
+  if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
+  release(base + Config::empty(stage));
+  if (++stage == Config::kStages) {
+    stage = 0;
+    phase ^= 1;
+  }
+  wait_for_sent_tiles();
+  collect(region, dq, count > kExactTiles);
+  // Scales of channels, beside the first warp's outputs.
+  auto* const scales = reinterpret_cast<float*>(shared + Config::kWarpsAt + group * 4 * Config::kWarpBytes +
+                                                Config::kWarpBytes / 2);
+  ptx::bar_sync(1 + group, 128);  // that warp has read its sums
   const int channel = static_cast<int>(ptx::opaque(threadIdx.x)) % 128;
   if (channel < kHeadDim) {
     scales[channel] = channel_scale(p.w.z_max, static_cast<int64_t>(kv_plane) * kHeadDim + channel);
   }
   ptx::bar_sync(1 + group, 128);
-  collect(region, dq, count > 0, count > kExactTiles);
   const auto* const pairs = reinterpret_cast<const float2*>(scales) + t;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) {
@@ -240,80 +316,48 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
       dq[i] = fmaf(dlse[i >> 1 & 1], i % 2 == 0 ? mean.x : mean.y, dq[i]);
     }
   }
-  store_gradients<kHeadDim>(call.dq, call.tiled_dq, region, FromArray<kHeadDim>{dq}, p.dq, p.dq_dtype, b, row + warp_row,
+  store_gradients<kHeadDim>(call.dq, call.tiled_dq, region, FromArray<kHeadDim>{dq}, p.dq, p.dq_dtype, b, row,
                             p.shape.queries, n, p.shape.heads, p.shape.head_dim);
-  wait_for_sent_tiles();
 }
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// What block `block` computes. Blocks of one head follow each other, so that its keys stay in L2; the last rows
-// come first, because under a causal mask they see the most keys.
+// A block of those that compute dQ.
 template <class Config>
-struct DqPlace {
-  int plane, row, b, n, kv_plane;
-  __device__ __forceinline__ DqPlace(const DqCall& call, int block) {
-    const AttentionShape& shape = call.p.shape;
-    plane = block / call.row_blocks;
-    row = (call.row_blocks - 1 - block % call.row_blocks) * Config::kRows;
-    b = plane / shape.heads;
-    n = plane % shape.heads;
-    kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
-  }
-};
-
-// Block `block` of those that compute dQ. Its place is found again behind ptx::opaque: the loader leaves few registers
-// to what is remembered.
-template <class Config>
-__device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shared, int block) {
+__device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shared) {
   const uint32_t base = ptx::shared_address(shared);
-  // Memory is far away: Q and dO and the mask's bounds are asked for at the same time.
-  if (threadIdx.x == kWarpSize) {
-    const DqPlace<Config> at(call, ptx::opaque(block));
-    *reinterpret_cast<Mask*>(shared + Config::kMaskAt) =
-        Mask(call.p.shape, call.p.masks, call.p.w.masks, at.b, at.n);
-  } else if (threadIdx.x == 0) {
-    ptx::mbarrier_init(base + Config::kRowsFull, 1);
+  if (threadIdx.x == 0) {
+    Config::barriers(base).init(4 * Config::kGroups);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::full(i), 1);
       ptx::mbarrier_init(base + Config::empty(i), 4 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();
     ptx::fence_proxy_async_shared();
-    const DqPlace<Config> at(call, ptx::opaque(block));
-    const uint32_t full = base + Config::kRowsFull;
-    ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes);
-    ptx::cp_async_bulk_tensor_3d(base, &call.q, full, 0, at.row, at.plane);
-    ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.d_out, full, 0, at.row, at.plane);
   }
   __syncthreads();
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    const DqPlace<Config> at(call, ptx::opaque(block));
-    if (threadIdx.x < kWarpSize) {
-      copy_keys<Config>(call, shared, at.kv_plane, at.row);
-    } else {  // the end will want these
-      const BackwardCall& p = call.p;
-      const int lane = static_cast<int>(threadIdx.x) - kWarpSize, rows = min(Config::kRows, p.shape.queries - at.row);
-      const int64_t first = static_cast<int64_t>(at.plane) * p.shape.queries + at.row;
-      const int64_t padded = static_cast<int64_t>(at.plane) * tiles_of(p.shape.queries) * kTileQueries + at.row;
-      fetch_early(reinterpret_cast<const float*>(p.w.z_max) + static_cast<int64_t>(at.kv_plane) * Config::kHeadDim,
-                  Config::kHeadDim, lane);
-      fetch_early(p.w.row_factor + padded, rows, lane);
-      fetch_early(p.l + first, rows, lane);
-      fetch_early(p.dlse + first, rows, lane);
-    }
+    if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    const DqPlace<Config> at(call, ptx::opaque(block));
-    compute_dq<Config>(call, shared, group - 1, at.plane, at.kv_plane, at.b, at.n, at.row);
+    const GradientBarriers barriers = Config::barriers(base);
+    int stage = 0;
+    uint32_t phase = 0;
+#pragma unroll 1
+    for (int turn = 0;; ++turn) {
+      ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
+      if (from_lane_0(Config::slot(shared, turn).row) == kNoRows) break;
+      compute_dq<Config>(call, shared, group - 1, turn, stage, phase);
+    }
+    wait_for_sent_tiles();
   }
 }
 
-// Completes a call, which takes `blocks` blocks.
+// Completes a call, which has `items` blocks of queries.
 template <class Config>
-const char* plan_dq(DqCall& call, int64_t& blocks) {
+const char* plan_dq(DqCall& call, int64_t& items) {
   const BackwardCall& p = call.p;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& s = p.shape;
@@ -333,7 +377,8 @@ const char* plan_dq(DqCall& call, int64_t& blocks) {
   map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
   call.tiled_dq = leaves_in_tiles(p.dq_dtype, s);
   if (error == nullptr && call.tiled_dq) error = encode_output_map(call.dq, p.dq, s, s.queries, s.heads);
-  blocks = planes * call.row_blocks;
+  items = planes * call.row_blocks;
+  call.items = static_cast<int>(items);
   return error;
 }
 

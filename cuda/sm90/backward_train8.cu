@@ -1,4 +1,6 @@
 // train8 gradients on sm_90a by warpgroup-level products, where they fit; else by warp-level ones.
+#include <algorithm>
+
 #include "sm90/backward_dkv.cuh"
 #include "sm90/backward_dq.cuh"
 
@@ -7,8 +9,8 @@
 namespace sage {
 namespace sm90 {
 
-// The blocks for dK and dV, which take longer, and then those for dQ: one launch, so that no multiprocessor waits
-// between them for the last of the first.
+// A block a multiprocessor for dK and dV, which take longer, and then one each for dQ: one launch, so that no multiprocessor
+// waits between them for the last of the first.
 template <int kHeadDim_>
 struct GradientsConfig {
   using Dkv = DkvConfig<kHeadDim_>;
@@ -33,23 +35,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (block < call.dkv_blocks) {
     dkv_block<typename Config::Dkv>(call.dkv, tiles_first);
   } else {
-    dq_block<typename Config::Dq>(call.dq, tiles_first, block - call.dkv_blocks);
+    dq_block<typename Config::Dq>(call.dq, tiles_first);
   }
 }
 
 template <class Config>
 const char* launch_gradients(const BackwardCall& p, Stream stream) {
   GradientsCall call = {{p}, {p}, 0};
-  int64_t dkv_blocks = 0, dq_blocks = 0;
-  const char* error = plan_dkv<typename Config::Dkv>(call.dkv, dkv_blocks);
-  if (error == nullptr) error = plan_dq<typename Config::Dq>(call.dq, dq_blocks);
+  int64_t dkv_items = 0, dq_items = 0;
+  const char* error = plan_dkv<typename Config::Dkv>(call.dkv, dkv_items);
+  if (error == nullptr) error = plan_dq<typename Config::Dq>(call.dq, dq_items);
   if (error != nullptr) return error;
-  if (dkv_blocks + dq_blocks > INT32_MAX) {
-    return "sage_jax: batch · heads · length needs more than 2^31 blocks; split the batch.";
+  if (dkv_items > INT32_MAX / 2 || dq_items > INT32_MAX / 2) {
+    return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
   }
-  call.dkv_blocks = static_cast<int>(dkv_blocks);
-  return launch(backward_gradients<Config>, dim3(static_cast<unsigned>(dkv_blocks + dq_blocks)),
-                Config::kThreads, Config::kSharedBytes, stream, call);
+  const auto blocks = [](int64_t items) { return static_cast<int>(std::min<int64_t>(items, multiprocessors())); };
+  call.dkv_blocks = blocks(dkv_items);
+  return launch(backward_gradients<Config>, dim3(call.dkv_blocks + blocks(dq_items)), Config::kThreads,
+                Config::kSharedBytes, stream, call);
 }
 
 }  // namespace sm90

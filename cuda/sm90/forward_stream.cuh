@@ -45,6 +45,12 @@ enum TileFlags : uint32_t {
   kStop = 64,      // no tile: the stream has ended
 };
 
+__device__ __forceinline__ TileNote note_of_lane(const TileNote& note, int lane) {
+  return {__shfl_sync(kFullWarp, note.key, lane),
+          __shfl_sync(kFullWarp, note.flags, lane),
+          {__shfl_sync(kFullWarp, note.scale[0], lane), __shfl_sync(kFullWarp, note.scale[1], lane)}};
+}
+
 // The producer. Config gives the shared-memory map and barriers (forward_config.cuh). It has few
 // registers: what it knows lies in shared memory.
 template <class Config>
@@ -124,19 +130,13 @@ class Producer {
 #pragma unroll 1
       for (uint32_t seen = __ballot_sync(kFullWarp, visible); seen != 0; seen &= seen - 1) {
         if (any && lane() == 0) emit(held);
-        held = of_lane(note, __ffs(seen) - 1);
+        held = note_of_lane(note, __ffs(seen) - 1);
         any = true;
       }
     }
     held.flags |= kEnds;
     if (lane() == 0) emit(held);
     __syncwarp();
-  }
-
-  __device__ static TileNote of_lane(const TileNote& note, int lane) {
-    return {__shfl_sync(kFullWarp, note.key, lane),
-            __shfl_sync(kFullWarp, note.flags, lane),
-            {__shfl_sync(kFullWarp, note.scale[0], lane), __shfl_sync(kFullWarp, note.scale[1], lane)}};
   }
 
   // Whether a row sees a key of the tile; completes its note.
