@@ -15,7 +15,7 @@ from metrics import assert_same_bits
 
 import sage_jax
 from sage_jax import _ffi
-from sage_jax.recipe import PRESETS
+from sage_jax.recipe import PRESETS, Recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -178,6 +178,14 @@ def test_a_program_exported_for_cuda_runs():
     exported = jax.export.export(run, platforms=["cuda"], disabled_checks=checks)(*data)
     loaded = jax.export.deserialize(exported.serialize())
     assert_all_same(jax.jit(loaded.call)(*data), run(*data))
+
+
+def test_programs_with_values_too_large_for_16_bit_sums_are_refused(monkeypatch):
+    """Programs exported before `v_range` was 3.5 ask for 448."""
+    monkeypatch.setattr(Recipe, "v_range", property(lambda self: 448.0))
+    recipe = PRESETS["train8"].replace(name="too large")
+    with pytest.raises(Exception, match="v_range is 448.*export the program again"):
+        jax.block_until_ready(jax.jit(step(recipe))(*inputs(tokens=77)))
 
 
 def test_bias_is_refused_before_anything_runs():

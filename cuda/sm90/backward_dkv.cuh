@@ -1,4 +1,4 @@
-// dK and dV on Hopper: a block owns 128 keys of one head and walks over the queries of all heads of
+// dK and dV on Hopper: a block takes 128 keys of one head at a time and walks over the queries of all heads of
 // their group (docs/abi.md, section 4; docs/kernels/sm90_backward.md). Scores are computed transposed,
 // keys by queries: probabilities and score gradients leave the accumulators as A operands of Pᵀ·x, Gᵀ·y.
 //

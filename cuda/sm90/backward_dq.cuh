@@ -1,4 +1,4 @@
-// dQ on Hopper: a block owns 128 queries of one head and walks over keys, as the forward pass does
+// dQ on Hopper: a block takes 128 queries of one head at a time and walks over keys, as the forward pass does
 // (docs/abi.md, section 4; docs/kernels/sm90_backward.md).
 //
 // Requirements

@@ -106,13 +106,7 @@ class Consumer {
   // in `p`; waits for the scores. Returns whether something rare is due before their softmax.
   __device__ __forceinline__ bool begin_step(uint32_t (&p)[Config::kProbabilities]) {
     const int stage = stage_;
-    ended_ = flags_ & kEnds;
-    wait_for_tile();
-    int slot = slot_;
-    if (__builtin_expect(ended_, 0) && !(Config::notes(shared_)[stage_].flags & kStop)) {
-      slot ^= 1;
-      ptx::mbarrier_wait(base_ + Config::slot_full(slot), slot_phase_ ^ (slot == 0));
-    }
+    const int slot = advance();
     issue_scores(slot);  // after the end: of whatever lies there
     ptx::keep_in_registers(p);
     ptx::wgmma_fence();
@@ -137,13 +131,7 @@ class Consumer {
         o_, p0_, units_ + (Config::kValuesAt + stage_ * Config::kValueBytes) / 16, summed_ != 0);
     ptx::wgmma_commit_group();
     summed_ += Config::kKeys;
-    ended_ = flags_ & kEnds;
-    wait_for_tile();
-    int slot = slot_;
-    if (__builtin_expect(ended_, 0) && !(Config::notes(shared_)[stage_].flags & kStop)) {
-      slot ^= 1;
-      ptx::mbarrier_wait(base_ + Config::slot_full(slot), slot_phase_ ^ (slot == 0));
-    }
+    const int slot = advance();
     read_note();
     choose_floor();
     wait_for_output();
@@ -189,6 +177,18 @@ class Consumer {
       next_stage_ = 0;
       phase_ ^= 1;
     }
+  }
+
+  // The same; returns the slot whose queries meet that tile.
+  __device__ __forceinline__ int advance() {
+    ended_ = flags_ & kEnds;
+    wait_for_tile();
+    int slot = slot_;
+    if (__builtin_expect(ended_, 0) && !(Config::notes(shared_)[stage_].flags & kStop)) {
+      slot ^= 1;
+      ptx::mbarrier_wait(base_ + Config::slot_full(slot), slot_phase_ ^ (slot == 0));
+    }
+    return slot;
   }
 
   __device__ __forceinline__ void read_note() {
@@ -410,14 +410,14 @@ class Consumer {
       const int64_t first = ((static_cast<int64_t>(b) * params_.shape.queries + row) * params_.shape.heads + n) *
                             params_.shape.head_dim;
       store_rows<kHeadDim>(
-          warp_region(), [&](int n) { return seen(outputs(n), factor); }, params_.out, params_.out_dtype, first,
+          warp_region(), [&](int n) { return seen_only(outputs(n), factor); }, params_.out, params_.out_dtype, first,
           params_.shape.queries - row, static_cast<int64_t>(params_.shape.heads) * params_.shape.head_dim,
           params_.shape.head_dim);
     }
   }
 
   // Rows that see nothing are 0.
-  __device__ __forceinline__ static FourOutputs seen(const FourOutputs& x, const float (&factor)[2]) {
+  __device__ __forceinline__ static FourOutputs seen_only(const FourOutputs& x, const float (&factor)[2]) {
     return {factor[0] == 0.0f ? float2{0.0f, 0.0f} : x.upper, factor[1] == 0.0f ? float2{0.0f, 0.0f} : x.lower};
   }
 

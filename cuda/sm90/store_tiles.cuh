@@ -13,7 +13,7 @@
 
 namespace sage::sm90 {
 
-inline constexpr int kOutTileColumns = 64;                          // channels: 128 bytes, the width of the swizzle
+inline constexpr int kOutTileColumns = 64;  // channels: 128 bytes, the width of the swizzle
 inline constexpr int kOutTileBytes = 16 * kOutTileColumns * 2;  // of which a row of kHeadDim channels takes several
 
 // Whether outputs can leave like that.
