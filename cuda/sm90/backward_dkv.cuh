@@ -345,8 +345,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   auto* const factors = reinterpret_cast<float*>(shared + Config::kWarpsAt + this_group * 8 * Config::kWarpBytes +
                                                  Config::kWarpBytes / 2);
   ptx::bar_sync(1 + this_group, 128);  // that warp has read its sums
-#pragma unroll 1
-  for (int i = consumer % 128; i < 2 * kHeadDim; i += 128) {
+#pragma unroll
+  for (int j = 0; j < 2 * kHeadDim / 128; ++j) {
+    const int i = 128 * j + consumer % 128;
     const bool is_dk = i < kHeadDim;
     const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + i % kHeadDim;
     factors[i] = (is_dk ? p.scale : 1.0f) * (1.0f / 256.0f) * channel_scale(is_dk ? p.w.y_max : p.w.x_max, channel);
