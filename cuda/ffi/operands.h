@@ -60,7 +60,7 @@ inline MaskParams mask_params(Check& check, const MaskOperands& given, const Att
 inline void check_workspace(Check& check, Out workspace, size_t bytes) {
   check.require(workspace->size_bytes() >= bytes,
                 "workspace has " + std::to_string(workspace->size_bytes()) + " bytes, but " +
-                    std::to_string(bytes) + " are needed; size it by sage_jax._workspace");
+                    std::to_string(bytes) + " are needed; size it by sage_jax._workspace, or export the program again");
 }
 
 // Bindings: the stream, then so many operands and so many results, then the attributes. A binding can

@@ -1,5 +1,5 @@
 // Bulk tensor copies (sm_90 and later): boxes of a tensor in global memory, described by a tensor
-// map, to shared memory. Parts of a box outside of the tensor become zero.
+// map, to shared memory, where parts of a box outside of the tensor become zero, and back, where they are left out.
 #pragma once
 
 #include <cstdint>

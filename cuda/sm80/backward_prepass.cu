@@ -1,5 +1,5 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
-//   clear_maxima      zeroes the maxima                                             (train8)
+//   clear_maxima      zeroes the maxima, and how many rows are taken                (train8)
 //   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
 //   query_terms       per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
 //   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`

@@ -1,11 +1,11 @@
-// dK and dV on Hopper: a block takes 128 keys of one head at a time and walks over the queries of all heads of
-// their group (docs/abi.md, section 4; docs/kernels/sm90_backward.md). Scores are computed transposed,
+// dK and dV on Hopper: a block takes 128 keys (192 at head dimension 64) of one head at a time and walks over the queries
+// of all heads of their group (docs/abi.md, section 4; docs/kernels/sm90_backward.md). Scores are computed transposed,
 // keys by queries: probabilities and score gradients leave the accumulators as A operands of Pᵀ·x, Gᵀ·y.
 //
 // Requirements
 //   sm_90a; train8 with INT8 dO·Vᵀ; head dimension padded to 64 or 128; at least one query and one key;
 //   the workspace filled by sm80/backward_prepass.cu.
-// Roles: warp 0 copies; two warpgroups of 64 keys compute. While one multiplies the other evaluates.
+// Roles: warp 0 copies; warpgroups of 64 keys compute. While one multiplies the other evaluates.
 #pragma once
 
 #include "common/launch.h"
@@ -55,6 +55,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
+  static_assert(kStages <= kExactTiles, "a warp that runs ahead must not add up float32 sums while others read the factors");
   static_assert(2 * kHeadDim * 4 <= kWarpBytes / 2, "the factors of the end fit beside a warp's outputs");
   static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
@@ -231,7 +232,8 @@ __device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOff
 
 // dK and dV of the rows of the slot of `turn`. `count`: notes so far.
 template <class Config>
-__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn, uint32_t& count) {
+__device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn,
+                                            uint32_t& count) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   const uint32_t base = ptx::shared_address(shared), units = base / 16;

@@ -1,10 +1,10 @@
-// dQ on Hopper: a block takes 128 queries of one head at a time and walks over keys, as the forward pass does
-// (docs/abi.md, section 4; docs/kernels/sm90_backward.md).
+// dQ on Hopper: a block takes 128 queries (192 at head dimension 64) of one head at a time and walks over keys, as the
+// forward pass does (docs/abi.md, section 4; docs/kernels/sm90_backward.md).
 //
 // Requirements
 //   sm_90a; train8 with INT8 dO·Vᵀ; head dimension padded to 64 or 128; at least one query and one key;
 //   the workspace filled by sm80/backward_prepass.cu.
-// Roles: warp 0 copies; two warpgroups of 64 queries compute. While one multiplies the other evaluates.
+// Roles: warp 0 copies; warpgroups of 64 queries compute. While one multiplies the other evaluates.
 #pragma once
 
 #include "common/launch.h"
@@ -50,6 +50,7 @@ struct DqConfig : DqBlock<kHeadDim_> {
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + GradientBarriers::kCount);
+  static_assert(kStages <= kExactTiles, "a warp that runs ahead must not add up float32 sums while others read the scales");
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; regions at multiples of 1024 bytes");
   static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
@@ -69,7 +70,8 @@ __device__ __forceinline__ void describe_queries(const DqCall& call, typename Co
   const BackwardCall& p = call.p;
   const AttentionShape& shape = p.shape;
   const int plane = item / call.row_blocks, row = (call.row_blocks - 1 - item % call.row_blocks) * Config::kRows;
-  const int b = plane / shape.heads, n = plane % shape.heads, kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
+  const int b = plane / shape.heads, n = plane % shape.heads;
+  const int kv_plane = b * shape.kv_heads + n / (shape.heads / shape.kv_heads);
   if (threadIdx.x == 0) {
     slot.mask = Mask(shape, p.masks, p.w.masks, b, n);
     slot.b = b;

@@ -1,5 +1,6 @@
 // How blocks that stay share the gradients out: one warp of each, the loader, takes the next rows from a counter that all
-// blocks count up, and writes down what the consumers have to know of them. While these end a block of rows it brings the next.
+// blocks count up, and writes down what the consumers have to know of them. While these end a block of rows it brings the
+// next.
 #pragma once
 
 #include "common/mask.cuh"

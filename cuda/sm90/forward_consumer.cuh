@@ -1,4 +1,5 @@
-// The consumers of the forward kernel of Hopper: scores, softmax and P·V of 64 query rows a warpgroup. docs/kernels/sm90_forward.md has the picture.
+// The consumers of the forward kernel of Hopper: scores, softmax and P·V of 64 query rows a warpgroup.
+// docs/kernels/sm90_forward.md has the picture.
 #pragma once
 
 #include "common/mask.cuh"

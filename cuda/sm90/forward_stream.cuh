@@ -28,13 +28,13 @@ template <int kRows>
 struct WorkSlot {
   Mask mask;
   int row, kv_plane;
-  float scale[kRows];  // of Q's codes; of finished rows, l
-  float m[kRows];      // of finished rows
+  float scale[kRows];  // of Q's codes; later l, of the float32 sums and then of finished rows
+  float m[kRows];      // their references; of finished rows, m
 };
 
 // What consumers need of a tile of keys.
 struct alignas(16) TileNote {
-  int key;         // its first
+  int key;         // its first; in the backward kernels, the tile's number
   uint32_t flags;  // see below
   float scale[2];  // of its groups of 64 keys
 };
