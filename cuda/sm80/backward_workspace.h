@@ -35,7 +35,7 @@ struct BackwardWorkspace {
   uint32_t* y_max;        // [B, K, Hp]
   uint32_t* z_max;        // [B, K, Hp]
   uint32_t* v_max;        // [B, K] bits of the largest ‖V_j‖
-  uint32_t* taken;        // [2] blocks of rows that are taken: of keys, of queries
+  uint32_t* taken;        // [2] blocks of rows that are taken, besides those dealt out: of keys, of queries
   void* masks;            // mask summaries
   size_t bytes;
 };

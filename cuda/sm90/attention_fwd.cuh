@@ -36,8 +36,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     for (int i = 0; i < Config::kSlots; ++i) {
       ptx::mbarrier_init(base + Config::slot_full(i), kWarpSize);
-      ptx::mbarrier_init(base + Config::rows_done(i), 4 * Config::kGroups);
-      ptx::mbarrier_init(base + Config::slot_empty(i), 1);
+      // All lanes arrive, for compute-sanitizer's racecheck: see sm90/backward_work.cuh.
+      ptx::mbarrier_init(base + Config::rows_done(i), 128 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::slot_empty(i), kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }

@@ -22,6 +22,7 @@ struct DkvCall {
   bool tiled_dk, tiled_dv;
   int key_blocks;   // of one head
   int items;        // of all heads
+  Crew crew;
   int group_heads;  // query heads that share a head of keys
 };
 
@@ -133,18 +134,16 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
-    const int item = next_item(p.w.taken);
+    const int item = call.crew.item(turn, p.w.taken);
     ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
     if (item >= call.items) {
-      if (threadIdx.x == 0) {
-        slot.row = kNoRows;
-        ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
-      }
+      if (threadIdx.x == 0) slot.row = kNoRows;
+      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
       return;
     }
     describe_keys<Config>(call, slot, item);
+    ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
     if (threadIdx.x == 0) {
-      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
       ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
       ptx::mbarrier_arrive_expect_tx(barriers.rows_full(), 2 * Config::kRowsBytes);
       ptx::cp_async_bulk_tensor_3d(base, &call.k, barriers.rows_full(), 0, slot.row, slot.kv_plane);
@@ -354,7 +353,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + i % kHeadDim;
     factors[i] = (is_dk ? p.scale : 1.0f) * (1.0f / 256.0f) * channel_scale(is_dk ? p.w.y_max : p.w.x_max, channel);
   }
-  release(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
+  ptx::mbarrier_arrive(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
   ptx::bar_sync(1 + this_group, 128);
   const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factors, const CUtensorMap& map,
                           bool tiled, void* out, Dtype dtype) {

@@ -21,6 +21,7 @@ struct DqCall {
   bool tiled_dq;
   int row_blocks;  // of one head
   int items;       // of all heads
+  Crew crew;
 };
 
 // ---------------------------------------------------------------------------------- tile constants
@@ -102,20 +103,18 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
-    const int item = next_item(p.w.taken + 1);
+    const int item = call.crew.item(turn, p.w.taken + 1);
     ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
     if (item >= call.items) {
-      if (threadIdx.x == 0) {
-        slot.row = kNoRows;
-        ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
-      }
+      if (threadIdx.x == 0) slot.row = kNoRows;
+      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
       return;
     }
     describe_queries<Config>(call, slot, item);
+    ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
     if (threadIdx.x == 0) {
       const int plane = slot.b * p.shape.heads + slot.head, padded = tiles_of(p.shape.queries) * kTileQueries;
       const uint32_t terms_bytes = min(Config::kRows, padded - slot.row) * static_cast<int>(sizeof(QueryTerms));
-      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
       ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
       const uint32_t full = barriers.rows_full();
       ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kRowsBytes + terms_bytes);
@@ -284,7 +283,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dq);
   release(barriers.rows_empty());
-  release(barriers.slot_empty(turn % kGradientSlots));
+  ptx::mbarrier_arrive(barriers.slot_empty(turn % kGradientSlots));
   // The note that ends the tiles, and the tile before.
   if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
   release(base + Config::empty(stage));

@@ -24,7 +24,6 @@ struct GradientsConfig {
 struct GradientsCall {
   DkvCall dkv;
   DqCall dq;
-  int dkv_blocks;
 };
 
 template <class Config>
@@ -32,7 +31,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_gradients(const __grid_constant__ GradientsCall call) {
   extern __shared__ __align__(1024) unsigned char tiles_first[];
   const int block = static_cast<int>(blockIdx.x);
-  if (block < call.dkv_blocks) {
+  if (block < call.dq.crew.first) {
     dkv_block<typename Config::Dkv>(call.dkv, tiles_first);
   } else {
     dq_block<typename Config::Dq>(call.dq, tiles_first);
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
 template <class Config>
 const char* launch_gradients(const BackwardCall& p, Stream stream) {
-  GradientsCall call = {{p}, {p}, 0};
+  GradientsCall call = {{p}, {p}};
   int64_t dkv_items = 0, dq_items = 0;
   const char* error = plan_dkv<typename Config::Dkv>(call.dkv, dkv_items);
   if (error == nullptr) error = plan_dq<typename Config::Dq>(call.dq, dq_items);
@@ -50,8 +49,9 @@ const char* launch_gradients(const BackwardCall& p, Stream stream) {
     return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
   }
   const auto blocks = [](int64_t items) { return static_cast<int>(std::min<int64_t>(items, multiprocessors())); };
-  call.dkv_blocks = blocks(dkv_items);
-  return launch(backward_gradients<Config>, dim3(call.dkv_blocks + blocks(dq_items)), Config::kThreads,
+  call.dkv.crew = {0, blocks(dkv_items)};
+  call.dq.crew = {call.dkv.crew.blocks, blocks(dq_items)};
+  return launch(backward_gradients<Config>, dim3(call.dq.crew.first + call.dq.crew.blocks), Config::kThreads,
                 Config::kSharedBytes, stream, call);
 }
 

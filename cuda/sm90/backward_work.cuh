@@ -1,5 +1,5 @@
-// How blocks that stay share the gradients out: one warp of each, the loader, takes the next rows from a counter that all
-// blocks count up, and writes down what the consumers have to know of them. While these end a block of rows it brings the
+// How blocks that stay share the gradients out: each has its first rows; the next ones one warp of it, the loader, takes
+// from a counter that all blocks count up, and writes down what the consumers have to know of them. While these end a block of rows it brings the
 // next.
 #pragma once
 
@@ -29,23 +29,29 @@ struct GradientBarriers {
   __device__ __forceinline__ uint32_t rows_empty() const { return at + 8; }
   __device__ __forceinline__ uint32_t slot_full(int slot) const { return at + 16 + 8 * slot; }
   __device__ __forceinline__ uint32_t slot_empty(int slot) const { return slot_full(slot) + 8 * kGradientSlots; }
-  // By one thread; `warps` of consumers.
+  // By one thread; `warps` of consumers. All lanes arrive where slots change hands: compute-sanitizer's racecheck does not see
+  // that a lane that arrives speaks for those that it has met at a __syncwarp.
   __device__ __forceinline__ void init(int warps) const {
     ptx::mbarrier_init(rows_full(), 1);
     ptx::mbarrier_init(rows_empty(), warps);
     for (int i = 0; i < kGradientSlots; ++i) {
-      ptx::mbarrier_init(slot_full(i), 1);
-      ptx::mbarrier_init(slot_empty(i), warps);
+      ptx::mbarrier_init(slot_full(i), kWarpSize);
+      ptx::mbarrier_init(slot_empty(i), warps * kWarpSize);
     }
   }
 };
 
-// The next of the work that `counter` counts, in all lanes of a warp.
-__device__ __forceinline__ int next_item(uint32_t* counter) {
-  uint32_t item = 0;
-  if (threadIdx.x % kWarpSize == 0) item = atomicAdd(counter, 1u);
-  return static_cast<int>(__shfl_sync(kFullWarp, item, 0));
-}
+// Some of a launch's blocks, which share one kind of work.
+struct Crew {
+  int first, blocks;
+  // What this block does in its turn-th turn, in all lanes of a warp. The first turns are dealt out, `counter` counts the rest.
+  __device__ __forceinline__ int item(int turn, uint32_t* counter) const {
+    if (turn == 0) return static_cast<int>(blockIdx.x) - first;
+    uint32_t taken = 0;
+    if (threadIdx.x % kWarpSize == 0) taken = atomicAdd(counter, 1u);
+    return blocks + static_cast<int>(__shfl_sync(kFullWarp, taken, 0));
+  }
+};
 
 // Calls emit(note) in lane 0 for every tile of [first, end) that look(note) finds visible, in order.
 // All lanes of a warp take part; they look at 32 tiles at once.

@@ -380,7 +380,7 @@ class Consumer {
     leave(l, m);
     const int b = slot.mask.b, n = slot.mask.n, row = slot.row + warp_row();
     const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + 2 * (lane() % 4);
-    release(Config::rows_done(slot_));
+    ptx::mbarrier_arrive(base_ + Config::rows_done(slot_));
 
     const auto* const scales = reinterpret_cast<const float2*>(params_.v_scale + channel);  // prefetched
     const auto* const means = reinterpret_cast<const float2*>(params_.v_mean + channel);

@@ -50,8 +50,7 @@ class Finisher {
       p.m[first + i * kWarpSize] = m;
       p.lse[first + i * kWarpSize] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + shift[i];
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(base_ + Config::slot_empty(slot_index));
+    ptx::mbarrier_arrive(base_ + Config::slot_empty(slot_index));
   }
 
   const ForwardCall& call_;
