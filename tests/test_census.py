@@ -1,16 +1,11 @@
 """The machine-code census: its reading of cuobjdump's output, and, where the kernels were built, the census itself."""
 
-import importlib.util
-import pathlib
-import sys
 from collections import Counter
 
 import pytest
+from programs import ROOT, load
 
-ROOT = pathlib.Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("census", ROOT / "tools" / "census.py")
-census = sys.modules["census"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(census)
+census = load("tools/census.py")
 
 MANGLED = (
     "_ZN4sage4sm8011backward_dqINS0_8DqConfigINS0_6Train8INS0_6DpInt8ENS0_10E4m3NativeEEELi128EEEEE"

@@ -1,14 +1,9 @@
 """The program behind the accuracy tables of docs/nvfp4.md, on few tokens."""
 
-import importlib.util
-import pathlib
-
 import pytest
+from programs import load
 
-ROOT = pathlib.Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("fp4_accuracy", ROOT / "tools" / "fp4_accuracy.py")
-program = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(program)
+program = load("tools/fp4_accuracy.py")
 
 
 def test_the_tables_have_a_row_for_each_variant(capsys):

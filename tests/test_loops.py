@@ -1,21 +1,9 @@
 """Loops read from machine code (tools/loops.py), what the census makes of them, and the model built on them."""
 
-import importlib.util
-import pathlib
-import sys
 from collections import Counter
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from programs import load
 
 loops, census, model = load("tools/loops.py"), load("tools/census.py"), load("benchmarks/fp4_model.py")
 

@@ -1,14 +1,12 @@
 """What README.md and docs/ claim and code can check: examples, tables, links."""
 
-import importlib.util
-import pathlib
 import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import ROOT, load
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 
@@ -28,10 +26,7 @@ def test_the_examples_run_in_order():
 
 @pytest.mark.parametrize("name", ["support_table", "speed_table"])
 def test_the_tables_are_current(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.spliced(README) == README, f"run python tools/{name}.py"
+    assert load(f"tools/{name}.py").spliced(README) == README, f"run python tools/{name}.py"
     assert "| `train8` |" in README
 
 

@@ -1,17 +1,12 @@
 """The tool that measures what the ranges of e4m3 codes cost."""
 
-import importlib.util
-import pathlib
-
 import pytest
+from programs import load
 
 import sage_jax
 from sage_jax import reference
 
-ROOT = pathlib.Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("value_ranges", ROOT / "tools" / "value_ranges.py")
-value_ranges = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(value_ranges)
+value_ranges = load("tools/value_ranges.py")
 
 
 def test_ranges_cost_what_the_tables_say():
