@@ -180,7 +180,8 @@ __device__ void key_operands(const BackwardCall& p, const Place& at,
   int8_t first_code[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int key = first + permuted_token<Rows>(i);
+    // Where dQ comes beside dK and dV: keys 2q, 2q + 8, 2q + 1, 2q + 9, each beside that of the next eight.
+    const int key = first + permuted_token<Rows>(p.adds_dq ? i / 2 + i % 2 * 2 : i);
     const int64_t row = (at.plane * s.keys + key) * kHeadDim;
     k[i] = make_uint2(0, 0);
     first_code[i] = 0;

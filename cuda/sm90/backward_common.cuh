@@ -117,6 +117,45 @@ __device__ __forceinline__ void collect(const unsigned char* region, float (&x)[
   }
 }
 
+// The same in bf16; what those cannot hold stays in x, so nothing is lost.
+template <int kValues>
+__device__ __forceinline__ void add_rounded(unsigned char* region, float (&x)[kValues], bool first) {
+  uint4* const sums = reinterpret_cast<uint4*>(region) + threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kValues / 8; ++i) {
+    uint4 old = make_uint4(0, 0, 0, 0);
+    if (!first) old = sums[i * kWarpSize];
+    uint32_t pairs[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float low, high, &x0 = x[8 * i + 2 * j], &x1 = x[8 * i + 2 * j + 1];
+      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
+      x0 += low, x1 += high;
+      pairs[j] = ptx::cvt_bf16x2_f32(x0, x1);
+      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
+      x0 -= low, x1 -= high;
+    }
+    sums[i * kWarpSize] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  }
+}
+
+template <int kValues>
+__device__ __forceinline__ void collect_rounded(const unsigned char* region, float (&x)[kValues], bool rounded) {
+  const uint4* const sums = reinterpret_cast<const uint4*>(region) + threadIdx.x % kWarpSize;
+  if (!rounded) return;
+#pragma unroll
+  for (int i = 0; i < kValues / 8; ++i) {
+    const uint4 old = sums[i * kWarpSize];
+    const uint32_t pairs[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float low, high;
+      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
+      x[8 * i + 2 * j] += low, x[8 * i + 2 * j + 1] += high;
+    }
+  }
+}
+
 // The gradients of a warp's 16 rows to memory, through its region.
 //   map, tiled   as the host has chosen
 //   outputs      outputs(n): a thread's FourOutputs of channels 8n to 8n + 7

@@ -11,6 +11,7 @@
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"
+#include "sm90/backward_dq_sums.cuh"
 #include "sm90/backward_work.cuh"
 
 namespace sage::sm90 {
@@ -18,6 +19,7 @@ namespace sage::sm90 {
 struct DkvCall {
   BackwardCall p;
   CUtensorMap k, v, q, d_out, x, y;
+  CUtensorMap z;       // with dQ
   CUtensorMap dk, dv;  // where they are `tiled`
   bool tiled_dk, tiled_dv;
   int key_blocks;   // of one head
@@ -31,38 +33,48 @@ struct DkvCall {
 template <int kHeadDim>
 using DkvBlock = std::conditional_t<kHeadDim == 64, GradientBlock<3, 32, 160>, GradientBlock<2, 40, 232>>;
 
-template <int kHeadDim_>
+template <int kHeadDim_, bool kWithDq_ = false>
 struct DkvConfig : DkvBlock<kHeadDim_> {
   using Block = DkvBlock<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kWithDq = kWithDq_;
 
   // --------------------------------------------------------------------------- shared-memory map
-  // K [128][kHeadDim] | V [128][kHeadDim] | kStages × { Q | dO [64][kHeadDim], terms [64] }
+  // K [128][kHeadDim] | V [128][kHeadDim] | with dQ: z [kHeadDim][128] | kStages × { Q | dO [64][kHeadDim], terms [64] }
   //   | kStages × { x | y [kHeadDim][64] } | float32 sums of dK and dV of each warp | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
-  static constexpr int kWarpBytes = 16 * kHeadDim * 4;  // of dK, and again of dV
+  static constexpr int kWarpBytes = 16 * kHeadDim * (kWithDq ? 2 : 4);  // of dK, and again of dV
   static constexpr int kStages = kHeadDim == 128 ? 2 : 4;  // a power of two: stages follow from counts
-  static constexpr int kScoresAt = 2 * kRowsBytes;
+  static constexpr int kScoresAt = (kWithDq ? 3 : 2) * kRowsBytes;
   static constexpr int kScoresBytes = 2 * kTileBytes + kTermsBytes;
   static constexpr int kSumsAt = kScoresAt + kStages * kScoresBytes;
   static constexpr int kSumsBytes = 2 * kTileBytes;
   static constexpr int kWarpsAt = kSumsAt + kStages * kSumsBytes;
-  static constexpr int kNotesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;
+  static constexpr int kCodesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;  // tiles of G
+  static constexpr int kCodesStages = kWithDq ? 4 : 0;  // a power of two
+  static constexpr int kCodesBytes = kGradientTile * Block::kRows;
+  static constexpr int kFactorsAt = kCodesAt + kCodesStages * kCodesBytes;
+  static constexpr int kNotesAt = kFactorsAt + (kWithDq ? Block::kGroups * 2 * kHeadDim * 4 : 0);
   using Slot = GradientSlot<Block::kGroups>;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
-  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount);
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount + 2 * kCodesStages);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
   static_assert(kStages <= kExactTiles, "a warp that runs ahead must not add up float32 sums while others read the factors");
-  static_assert(2 * kHeadDim * 4 <= kWarpBytes / 2, "the factors of the end fit beside a warp's outputs");
+  static_assert(kWithDq || 2 * kHeadDim * 4 <= kWarpBytes / 2, "the factors of the end fit beside a warp's outputs");
+  static_assert(!kWithDq || (kHeadDim == 128 && Block::kRows == 128), "G and z have rows of 128 bytes");
   static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
   static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
   static __device__ int sums_empty(int stage) { return scores_full(stage) + 24 * kStages; }
   static __device__ GradientBarriers barriers(uint32_t base) { return {base + kBarriersAt + 32 * kStages}; }
+  static __device__ int codes_full(int stage) {
+    return kBarriersAt + 32 * kStages + 8 * GradientBarriers::kCount + 8 * stage;
+  }
+  static __device__ int codes_empty(int stage) { return codes_full(stage) + 8 * kCodesStages; }
   static __device__ Slot& slot(unsigned char* shared, int turn) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];
   }
@@ -145,9 +157,13 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
     ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
     if (threadIdx.x == 0) {
       ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
-      ptx::mbarrier_arrive_expect_tx(barriers.rows_full(), 2 * Config::kRowsBytes);
+      ptx::mbarrier_arrive_expect_tx(barriers.rows_full(), (Config::kWithDq ? 3 : 2) * Config::kRowsBytes);
       ptx::cp_async_bulk_tensor_3d(base, &call.k, barriers.rows_full(), 0, slot.row, slot.kv_plane);
       ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, barriers.rows_full(), 0, slot.row, slot.kv_plane);
+      if (Config::kWithDq) {
+        ptx::cp_async_bulk_tensor_3d(base + 2 * Config::kRowsBytes, &call.z, barriers.rows_full(), slot.row, 0,
+                                     slot.kv_plane);
+      }
     }
     __syncwarp();
     const auto emit = [&](const TileNote& note) {
@@ -229,10 +245,10 @@ __device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOff
   return seen;
 }
 
-// dK and dV of the rows of the slot of `turn`. `count`: notes so far.
+// dK and dV of the rows of the slot of `turn`. `count`: notes so far; `made`: tiles of G.
 template <class Config>
 __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn,
-                                            uint32_t& count) {
+                                            uint32_t& count, uint32_t& made) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   const uint32_t base = ptx::shared_address(shared), units = base / 16;
@@ -248,6 +264,31 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   int tiles = 0;  // so far
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
   ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
+
+  // dQ's product of a tile comes one tile later: then both warpgroups have written their codes.
+  constexpr int kRing = Config::kWithDq ? Config::kCodesStages : 1;
+  float dq[32];
+  int before_query = 0, before_head = 0;  // of the tile before
+  const auto start_dq = [&] {
+    multiply_queries(dq, units + (Config::kCodesAt + static_cast<int>((made - 1) % kRing) * Config::kCodesBytes) / 16,
+                     units + (2 * Config::kRowsBytes + group * 64 * 128) / 16);
+    ptx::wgmma_commit_group();
+  };
+  const auto add_dq = [&](float l_upper, float l_lower, int rows) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16 + lane / 4;
+    ptx::mbarrier_arrive_if(base + Config::codes_empty(static_cast<int>((made - 1) % kRing)), rows > -64);
+    const AttentionShape& shape = p.shape;
+    const int64_t at = (static_cast<int64_t>(Config::slot(shared, turn).b) * shape.queries + before_query + row) * shape.heads + before_head;
+    add_sums(dq, static_cast<unsigned char*>(p.dq) + at * (kHeadDim * 2) + group * 128 + lane % 4 * 16,
+             static_cast<int64_t>(shape.heads) * (kHeadDim * 2), {sum_factor(l_upper), sum_factor(l_lower)},
+             {row < rows, row + 8 < rows});
+  };
+  const auto load_l = [&](float (&l)[2], int rows) {
+    const int row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16 + static_cast<int>(threadIdx.x) % kWarpSize / 4;
+    const float* const from = p.l + (static_cast<int64_t>(Config::slot(shared, turn).b) * p.shape.heads + before_head) * p.shape.queries + before_query + row;
+    l[0] = row < rows ? __ldg(from) : 1.0f;
+    l[1] = row + 8 < rows ? __ldg(from + 8) : 1.0f;
+  };
 
   while (true) {
     const int stage = static_cast<int>(count % Config::kStages);
@@ -270,8 +311,13 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::wgmma_commit_group();
     if (tiles > 0 && tiles % kExactTiles == 0) {
       if (tiles == kExactTiles) wait_for_sent_tiles();
-      add_exactly(region, dk, tiles == kExactTiles);
-      add_exactly(region + Config::kWarpBytes, dv, tiles == kExactTiles);
+      if constexpr (Config::kWithDq) {
+        add_rounded(region, dk, tiles == kExactTiles);
+        add_rounded(region + Config::kWarpBytes, dv, tiles == kExactTiles);
+      } else {
+        add_exactly(region, dk, tiles == kExactTiles);
+        add_exactly(region + Config::kWarpBytes, dv, tiles == kExactTiles);
+      }
     }
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(s);
@@ -310,21 +356,58 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       hide_codes(p_operand, seen);
       hide_codes(g_operand, seen);
     }
+    int query = 0, head = 0;
+    if constexpr (Config::kWithDq) {
+      query = from_lane_0(note.key) * kGradientTile;
+      head = __float_as_int(from_lane_0(note.scale[0]));
+    }
     release(base + Config::scores_empty(stage));
+    float l[2];
+    const int rows_before = tiles > 0 ? p.shape.queries - before_query : -64;
+    if constexpr (Config::kWithDq) {
+      load_l(l, rows_before);
+      const int ring = static_cast<int>(made % kRing);
+      ptx::mbarrier_wait(base + Config::codes_empty(ring), made / kRing % 2 ^ 1);
+      store_codes(base + Config::kCodesAt + ring * Config::kCodesBytes, warp_row / 16, g_operand);
+      ptx::fence_proxy_async_shared();
+      ptx::mbarrier_arrive(base + Config::codes_full(ring));
+      if (made > 0) ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
+    }
     ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
     const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
     ptx::keep_in_registers(p_operand);
     ptx::keep_in_registers(g_operand);
     ptx::wgmma_fence();
-    multiply_gradients<kHeadDim>(dv, p_operand, sums, tiles % kExactTiles != 0);
-    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, tiles % kExactTiles != 0);
+    if constexpr (Config::kWithDq) start_dq();
+    const int go_on = Config::kWithDq ? tiles > 0 : tiles % kExactTiles != 0;
+    multiply_gradients<kHeadDim>(dv, p_operand, sums, go_on);
+    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, go_on);
     ptx::wgmma_commit_group();
+    if constexpr (Config::kWithDq) {
+      ptx::wgmma_wait_group<1>();
+      ptx::keep_in_registers(dq);
+      add_dq(l[0], l[1], rows_before);
+      before_query = query;
+      before_head = Config::slot(shared, turn).head * call.group_heads + head;
+      ++made;
+    }
     ++count;
     ++tiles;
   }
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dk);
   ptx::keep_in_registers(dv);
+  if (Config::kWithDq && tiles > 0) {
+    float l[2];
+    const int rows = p.shape.queries - before_query;
+    load_l(l, rows);
+    ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
+    ptx::wgmma_fence();
+    start_dq();
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(dq);
+    add_dq(l[0], l[1], rows);
+  }
   release(barriers.rows_empty());
   // The note that ends the tiles.
   if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
@@ -336,15 +419,21 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
   // --------------------------------------------------------------------------------------- epilogue
   wait_for_sent_tiles();
-  collect(region, dk, tiles > kExactTiles);
-  collect(region + Config::kWarpBytes, dv, tiles > kExactTiles);
+  if constexpr (Config::kWithDq) {
+    collect_rounded(region, dk, tiles > kExactTiles);
+    collect_rounded(region + Config::kWarpBytes, dv, tiles > kExactTiles);
+  } else {
+    collect(region, dk, tiles > kExactTiles);
+    collect(region + Config::kWarpBytes, dv, tiles > kExactTiles);
+  }
   const AttentionShape& shape = p.shape;
   const auto& slot = Config::slot(shared, ptx::opaque(turn));
   const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128, this_group = consumer / 128;
   const int b = slot.b, head = slot.head, first_row = slot.row + consumer / kWarpSize * 16;
   // What the sums of each channel have to be multiplied with, dK's and then dV's, beside the first warp's outputs.
-  auto* const factors = reinterpret_cast<float*>(shared + Config::kWarpsAt + this_group * 8 * Config::kWarpBytes +
-                                                 Config::kWarpBytes / 2);
+  const int beside = Config::kWithDq ? Config::kFactorsAt + this_group * 8 * kHeadDim
+                                     : Config::kWarpsAt + this_group * 8 * Config::kWarpBytes + Config::kWarpBytes / 2;
+  auto* const factors = reinterpret_cast<float*>(shared + beside);
   ptx::bar_sync(1 + this_group, 128);  // that warp has read its sums
 #pragma unroll
   for (int j = 0; j < 2 * kHeadDim / 128; ++j) {
@@ -384,6 +473,10 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
       ptx::mbarrier_init(base + Config::scores_empty(i), 4 * Config::kGroups);
       ptx::mbarrier_init(base + Config::sums_empty(i), 4 * Config::kGroups);
     }
+    for (int i = 0; i < Config::kCodesStages; ++i) {
+      ptx::mbarrier_init(base + Config::codes_full(i), 128 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::codes_empty(i), 128 * Config::kGroups);
+    }
     ptx::fence_mbarrier_init();
     ptx::fence_proxy_async_shared();
   }
@@ -395,12 +488,12 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     const GradientBarriers barriers = Config::barriers(base);
-    uint32_t count = 0;
+    uint32_t count = 0, made = 0;
 #pragma unroll 1
     for (int turn = 0;; ++turn) {
       ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
       if (from_lane_0(Config::slot(shared, turn).row) == kNoRows) break;
-      compute_dkv<Config>(call, shared, group - 1, turn, count);
+      compute_dkv<Config>(call, shared, group - 1, turn, count, made);
     }
     wait_for_sent_tiles();
   }
@@ -427,6 +520,9 @@ const char* plan_dkv(DkvCall& call, int64_t& items) {
   map(call.d_out, {p.w.d_out, 1, kHeadDim, padded, planes, kHeadDim, kGradientTile});
   map(call.x, {p.w.x, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
+  if (Config::kWithDq) {
+    map(call.z, {p.w.z, 1, static_cast<int64_t>(tiles_of(s.keys)) * 64, kHeadDim, kv_planes, Config::kRows, kHeadDim});
+  }
   call.tiled_dk = leaves_in_tiles(p.dk_dtype, s);
   call.tiled_dv = leaves_in_tiles(p.dv_dtype, s);
   if (error == nullptr && call.tiled_dk) error = encode_output_map(call.dk, p.dk, s, s.keys, s.kv_heads);
