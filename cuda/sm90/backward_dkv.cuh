@@ -19,7 +19,8 @@ namespace sage::sm90 {
 struct DkvCall {
   BackwardCall p;
   CUtensorMap k, v, q, d_out, x, y;
-  CUtensorMap z;       // with dQ
+  CUtensorMap z, dq;  // with dQ
+  float dq_factor;
   CUtensorMap dk, dv;  // where they are `tiled`
   bool tiled_dk, tiled_dv;
   int key_blocks;   // of one head
@@ -53,9 +54,11 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kSumsBytes = 2 * kTileBytes;
   static constexpr int kWarpsAt = kSumsAt + kStages * kSumsBytes;
   static constexpr int kCodesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;  // tiles of G
-  static constexpr int kCodesStages = kWithDq ? 4 : 0;  // a power of two
+  static constexpr int kCodesStages = kWithDq ? 2 : 0;  // a power of two
   static constexpr int kCodesBytes = kGradientTile * Block::kRows;
-  static constexpr int kFactorsAt = kCodesAt + kCodesStages * kCodesBytes;
+  static constexpr int kStagedAt = kCodesAt + kCodesStages * kCodesBytes;  // sums of dQ on their way
+  static constexpr int kStagedBytes = 16 * 64 * 2;                         // of a warp
+  static constexpr int kFactorsAt = kStagedAt + (kWithDq ? 4 * Block::kGroups * kStagedBytes : 0);
   static constexpr int kNotesAt = kFactorsAt + (kWithDq ? Block::kGroups * 2 * kHeadDim * 4 : 0);
   using Slot = GradientSlot<Block::kGroups>;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
@@ -274,20 +277,27 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
                      units + (2 * Config::kRowsBytes + group * 64 * 128) / 16);
     ptx::wgmma_commit_group();
   };
-  const auto add_dq = [&](float l_upper, float l_lower, int rows) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16 + lane / 4;
-    ptx::mbarrier_arrive_if(base + Config::codes_empty(static_cast<int>((made - 1) % kRing)), rows > -64);
-    const AttentionShape& shape = p.shape;
-    const int64_t at = (static_cast<int64_t>(Config::slot(shared, turn).b) * shape.queries + before_query + row) * shape.heads + before_head;
-    add_sums(dq, static_cast<unsigned char*>(p.dq) + at * (kHeadDim * 2) + group * 128 + lane % 4 * 16,
-             static_cast<int64_t>(shape.heads) * (kHeadDim * 2), {sum_factor(l_upper), sum_factor(l_lower)},
-             {row < rows, row + 8 < rows});
-  };
-  const auto load_l = [&](float (&l)[2], int rows) {
-    const int row = static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16 + static_cast<int>(threadIdx.x) % kWarpSize / 4;
-    const float* const from = p.l + (static_cast<int64_t>(Config::slot(shared, turn).b) * p.shape.heads + before_head) * p.shape.queries + before_query + row;
-    l[0] = row < rows ? __ldg(from) : 1.0f;
-    l[1] = row + 8 < rows ? __ldg(from + 8) : 1.0f;
+  // Adds what it gave to memory, if there is a tile before, and publishes the codes of this one, if there is one.
+  const auto add_dq = [&](bool some, bool more) {
+    unsigned char* const staged = shared + Config::kStagedAt + warp_row / 16 * Config::kStagedBytes;
+    ptx::mbarrier_arrive_if(base + Config::codes_empty(static_cast<int>((made - 1) % kRing)), some);
+    ptx::cp_async_bulk_wait_read();  // what was staged before
+    __syncwarp();
+    stage_sums(dq, staged, call.dq_factor);
+    if (more) {
+      const int ring = static_cast<int>(made % kRing);
+      ptx::mbarrier_wait(base + Config::codes_empty(ring), made / kRing % 2 ^ 1);
+      store_codes(base + Config::kCodesAt + ring * Config::kCodesBytes, warp_row / 16, g_operand);
+      ptx::fence_proxy_async_shared();
+      ptx::mbarrier_arrive(base + Config::codes_full(ring));
+    } else {
+      ptx::fence_proxy_async_shared();
+    }
+    __syncwarp();
+    ptx::cp_reduce_async_bulk_tensor_3d_if(&call.dq, ptx::shared_address(staged), before_head * kHeadDim + group * 64,
+                                           before_query + (warp_row - 64 * group), Config::slot(shared, turn).b,
+                                           some && threadIdx.x % kWarpSize == 0);
+    ptx::cp_async_bulk_commit();
   };
 
   while (true) {
@@ -296,6 +306,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
     const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
     const uint32_t flags = from_lane_0(note.flags);
+    int query = 0, head = 0;
+    if constexpr (Config::kWithDq) {
+      query = from_lane_0(note.key) * kGradientTile;
+      head = __float_as_int(from_lane_0(note.scale[0]));
+    }
     if (flags & Config::kStop) break;
     const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
     const uint32_t queries = units + scores_at / 16;
@@ -356,22 +371,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       hide_codes(p_operand, seen);
       hide_codes(g_operand, seen);
     }
-    int query = 0, head = 0;
-    if constexpr (Config::kWithDq) {
-      query = from_lane_0(note.key) * kGradientTile;
-      head = __float_as_int(from_lane_0(note.scale[0]));
-    }
     release(base + Config::scores_empty(stage));
-    float l[2];
-    const int rows_before = tiles > 0 ? p.shape.queries - before_query : -64;
-    if constexpr (Config::kWithDq) {
-      load_l(l, rows_before);
-      const int ring = static_cast<int>(made % kRing);
-      ptx::mbarrier_wait(base + Config::codes_empty(ring), made / kRing % 2 ^ 1);
-      store_codes(base + Config::kCodesAt + ring * Config::kCodesBytes, warp_row / 16, g_operand);
-      ptx::fence_proxy_async_shared();
-      ptx::mbarrier_arrive(base + Config::codes_full(ring));
-      if (made > 0) ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
+    if (Config::kWithDq && made > 0) {
+      ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
     }
     ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
     const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
@@ -386,7 +388,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     if constexpr (Config::kWithDq) {
       ptx::wgmma_wait_group<1>();
       ptx::keep_in_registers(dq);
-      add_dq(l[0], l[1], rows_before);
+      add_dq(tiles > 0, true);
       before_query = query;
       before_head = Config::slot(shared, turn).head * call.group_heads + head;
       ++made;
@@ -398,15 +400,12 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   ptx::keep_in_registers(dk);
   ptx::keep_in_registers(dv);
   if (Config::kWithDq && tiles > 0) {
-    float l[2];
-    const int rows = p.shape.queries - before_query;
-    load_l(l, rows);
     ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
     ptx::wgmma_fence();
     start_dq();
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(dq);
-    add_dq(l[0], l[1], rows);
+    add_dq(true, false);
   }
   release(barriers.rows_empty());
   // The note that ends the tiles.
@@ -522,6 +521,8 @@ const char* plan_dkv(DkvCall& call, int64_t& items) {
   map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   if (Config::kWithDq) {
     map(call.z, {p.w.z, 1, static_cast<int64_t>(tiles_of(s.keys)) * 64, kHeadDim, kv_planes, Config::kRows, kHeadDim});
+    map(call.dq, {p.dq, 2, static_cast<int64_t>(s.heads) * s.head_dim, s.queries, s.batch, kOutTileColumns, 16, true});
+    call.dq_factor = sum_factor(s.keys);
   }
   call.tiled_dk = leaves_in_tiles(p.dk_dtype, s);
   call.tiled_dv = leaves_in_tiles(p.dv_dtype, s);
