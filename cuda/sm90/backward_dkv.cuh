@@ -63,7 +63,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   using Slot = GradientSlot<Block::kGroups>;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
-  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount + 2 * kCodesStages);
+  static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount + kCodesStages);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kScoresBytes % 1024 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
   static_assert(kStages <= kExactTiles, "a warp that runs ahead must not add up float32 sums while others read the factors");
@@ -77,7 +77,6 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static __device__ int codes_full(int stage) {
     return kBarriersAt + 32 * kStages + 8 * GradientBarriers::kCount + 8 * stage;
   }
-  static __device__ int codes_empty(int stage) { return codes_full(stage) + 8 * kCodesStages; }
   static __device__ Slot& slot(unsigned char* shared, int turn) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];
   }
@@ -272,30 +271,18 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   constexpr int kRing = Config::kWithDq ? Config::kCodesStages : 1;
   float dq[32];
   int before_query = 0, before_head = 0;  // of the tile before
+  const int batch = Config::kWithDq ? from_lane_0(Config::slot(shared, turn).b) : 0;
   const auto start_dq = [&] {
     multiply_queries(dq, units + (Config::kCodesAt + static_cast<int>((made - 1) % kRing) * Config::kCodesBytes) / 16,
                      units + (2 * Config::kRowsBytes + group * 64 * 128) / 16);
     ptx::wgmma_commit_group();
   };
-  // Adds what it gave to memory, if there is a tile before, and publishes the codes of this one, if there is one.
-  const auto add_dq = [&](bool some, bool more) {
-    unsigned char* const staged = shared + Config::kStagedAt + warp_row / 16 * Config::kStagedBytes;
-    ptx::mbarrier_arrive_if(base + Config::codes_empty(static_cast<int>((made - 1) % kRing)), some);
-    ptx::cp_async_bulk_wait_read();  // what was staged before
-    __syncwarp();
-    stage_sums(dq, staged, call.dq_factor);
-    if (more) {
-      const int ring = static_cast<int>(made % kRing);
-      ptx::mbarrier_wait(base + Config::codes_empty(ring), made / kRing % 2 ^ 1);
-      store_codes(base + Config::kCodesAt + ring * Config::kCodesBytes, warp_row / 16, g_operand);
-      ptx::fence_proxy_async_shared();
-      ptx::mbarrier_arrive(base + Config::codes_full(ring));
-    } else {
-      ptx::fence_proxy_async_shared();
-    }
+  // Adds what it gave to memory, if there is a tile before.
+  unsigned char* const staged = shared + Config::kStagedAt + warp_row / 16 * Config::kStagedBytes;
+  const auto add_dq = [&](bool some) {
     __syncwarp();
     ptx::cp_reduce_async_bulk_tensor_3d_if(&call.dq, ptx::shared_address(staged), before_head * kHeadDim + group * 64,
-                                           before_query + (warp_row - 64 * group), Config::slot(shared, turn).b,
+                                           before_query + (warp_row - 64 * group), batch,
                                            some && threadIdx.x % kWarpSize == 0);
     ptx::cp_async_bulk_commit();
   };
@@ -386,9 +373,17 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, go_on);
     ptx::wgmma_commit_group();
     if constexpr (Config::kWithDq) {
+      // Who published the codes of the tile before had read those of the tile before that: their place is free.
+      const int ring = static_cast<int>(made % kRing);
+      store_codes(base + Config::kCodesAt + ring * Config::kCodesBytes, warp_row / 16, g_operand);
+      ptx::cp_async_bulk_wait_read();  // what was staged before
+      __syncwarp();
       ptx::wgmma_wait_group<1>();
       ptx::keep_in_registers(dq);
-      add_dq(tiles > 0, true);
+      stage_sums(dq, staged, call.dq_factor);
+      ptx::fence_proxy_async_shared();
+      ptx::mbarrier_arrive(base + Config::codes_full(ring));
+      add_dq(tiles > 0);
       before_query = query;
       before_head = Config::slot(shared, turn).head * call.group_heads + head;
       ++made;
@@ -405,7 +400,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     start_dq();
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(dq);
-    add_dq(true, false);
+    ptx::cp_async_bulk_wait_read();
+    __syncwarp();
+    stage_sums(dq, staged, call.dq_factor);
+    ptx::fence_proxy_async_shared();
+    add_dq(true);
   }
   release(barriers.rows_empty());
   // The note that ends the tiles.
@@ -474,7 +473,6 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
     }
     for (int i = 0; i < Config::kCodesStages; ++i) {
       ptx::mbarrier_init(base + Config::codes_full(i), 128 * Config::kGroups);
-      ptx::mbarrier_init(base + Config::codes_empty(i), 128 * Config::kGroups);
     }
     ptx::fence_mbarrier_init();
     ptx::fence_proxy_async_shared();
