@@ -47,14 +47,15 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
   static constexpr int kWarpBytes = 16 * kHeadDim * (kWithDq ? 2 : 4);  // of dK, and again of dV
-  static constexpr int kStages = kHeadDim == 128 ? 2 : 4;  // a power of two: stages follow from counts
+  static constexpr int kStages = kHeadDim == 128 ? 2 : kWithDq ? 3 : 4;
   static constexpr int kScoresAt = (kWithDq ? 3 : 2) * kRowsBytes;
   static constexpr int kScoresBytes = 2 * kTileBytes + kTermsBytes;
   static constexpr int kSumsAt = kScoresAt + kStages * kScoresBytes;
   static constexpr int kSumsBytes = 2 * kTileBytes;
   static constexpr int kWarpsAt = kSumsAt + kStages * kSumsBytes;
   static constexpr int kCodesAt = kWarpsAt + 4 * Block::kGroups * 2 * kWarpBytes;  // tiles of G
-  static constexpr int kCodesStages = kWithDq ? 2 : 0;  // a power of two
+  static constexpr bool kInTurn = kWithDq && kHeadDim == 64;  // dQ of a tile is one warpgroup's
+  static constexpr int kCodesStages = !kWithDq ? 0 : kInTurn ? 4 : 3;
   static constexpr int kCodesBytes = kGradientTile * Block::kRows;
   static constexpr int kStagedAt = kCodesAt + kCodesStages * kCodesBytes;  // sums of dQ on their way
   static constexpr int kStagedBytes = 16 * 64 * 2;                         // of a warp
@@ -68,7 +69,6 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
                 "what an sm_90 offers a block; tiles at multiples of 1024 bytes");
   static_assert(kStages <= kExactTiles, "a warp that runs ahead must not add up float32 sums while others read the factors");
   static_assert(kWithDq || 2 * kHeadDim * 4 <= kWarpBytes / 2, "the factors of the end fit beside a warp's outputs");
-  static_assert(!kWithDq || (kHeadDim == 128 && Block::kRows == 128), "G and z have rows of 128 bytes");
   static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
   static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
@@ -163,8 +163,10 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
       ptx::cp_async_bulk_tensor_3d(base, &call.k, barriers.rows_full(), 0, slot.row, slot.kv_plane);
       ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, barriers.rows_full(), 0, slot.row, slot.kv_plane);
       if (Config::kWithDq) {
-        ptx::cp_async_bulk_tensor_3d(base + 2 * Config::kRowsBytes, &call.z, barriers.rows_full(), slot.row, 0,
-                                     slot.kv_plane);
+        for (int group = 0; group < Config::kGroups; ++group) {
+          ptx::cp_async_bulk_tensor_3d(base + 2 * Config::kRowsBytes + group * Config::kTileBytes, &call.z,
+                                       barriers.rows_full(), slot.row + 64 * group, 0, slot.kv_plane);
+        }
       }
     }
     __syncwarp();
@@ -267,25 +269,10 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
   ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
 
-  // dQ's product of a tile comes one tile later: then both warpgroups have written their codes.
-  constexpr int kRing = Config::kWithDq ? Config::kCodesStages : 1;
-  float dq[32];
-  int before_query = 0, before_head = 0;  // of the tile before
+  const DqPart<Config> part(call.dq, call.dq_factor, shared, group);
+  constexpr int kLate = DqPart<Config>::kLate;
+  QueryTile before[kLate] = {};  // the tile before, and the one before that
   const int batch = Config::kWithDq ? from_lane_0(Config::slot(shared, turn).b) : 0;
-  const auto start_dq = [&] {
-    multiply_queries(dq, units + (Config::kCodesAt + static_cast<int>((made - 1) % kRing) * Config::kCodesBytes) / 16,
-                     units + (2 * Config::kRowsBytes + group * 64 * 128) / 16);
-    ptx::wgmma_commit_group();
-  };
-  // Adds what it gave to memory, if there is a tile before.
-  unsigned char* const staged = shared + Config::kStagedAt + warp_row / 16 * Config::kStagedBytes;
-  const auto add_dq = [&](bool some) {
-    __syncwarp();
-    ptx::cp_reduce_async_bulk_tensor_3d_if(&call.dq, ptx::shared_address(staged), before_head * kHeadDim + group * 64,
-                                           before_query + (warp_row - 64 * group), batch,
-                                           some && threadIdx.x % kWarpSize == 0);
-    ptx::cp_async_bulk_commit();
-  };
 
   while (true) {
     const int stage = static_cast<int>(count % Config::kStages);
@@ -307,6 +294,10 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::keep_in_registers(dk);
     ptx::keep_in_registers(dv);
     if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+    if constexpr (Config::kInTurn) {
+      if (made >= kLate) part.wait(made - kLate);
+      if (tiles >= kLate && part.takes(made - kLate)) part.add(made - kLate, before[kLate - 1], batch);
+    }
     ptx::wgmma_fence();
     multiply_scores<kHeadDim>(s, keys, queries);
     multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
@@ -359,33 +350,32 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       hide_codes(g_operand, seen);
     }
     release(base + Config::scores_empty(stage));
-    if (Config::kWithDq && made > 0) {
-      ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
-    }
+    if (Config::kWithDq && !Config::kInTurn && made > 0) part.wait(made - 1);
     ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
     const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
     ptx::keep_in_registers(p_operand);
     ptx::keep_in_registers(g_operand);
     ptx::wgmma_fence();
-    if constexpr (Config::kWithDq) start_dq();
+    float dq[32];
+    if constexpr (Config::kWithDq && !Config::kInTurn) part.start(dq, made - 1);
     const int go_on = Config::kWithDq ? tiles > 0 : tiles % kExactTiles != 0;
     multiply_gradients<kHeadDim>(dv, p_operand, sums, go_on);
     multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, go_on);
     ptx::wgmma_commit_group();
     if constexpr (Config::kWithDq) {
-      // Who published the codes of the tile before had read those of the tile before that: their place is free.
-      const int ring = static_cast<int>(made % kRing);
-      store_codes(base + Config::kCodesAt + ring * Config::kCodesBytes, warp_row / 16, g_operand);
-      ptx::cp_async_bulk_wait_read();  // what was staged before
-      __syncwarp();
-      ptx::wgmma_wait_group<1>();
-      ptx::keep_in_registers(dq);
-      stage_sums(dq, staged, call.dq_factor);
-      ptx::fence_proxy_async_shared();
-      ptx::mbarrier_arrive(base + Config::codes_full(ring));
-      add_dq(tiles > 0);
-      before_query = query;
-      before_head = Config::slot(shared, turn).head * call.group_heads + head;
+      part.store(made, g_operand);
+      if constexpr (Config::kInTurn) {
+        ptx::fence_proxy_async_shared();
+      } else {
+        part.wait_for_staged();
+        ptx::wgmma_wait_group<1>();
+        ptx::keep_in_registers(dq);
+        part.stage(dq);
+      }
+      ptx::mbarrier_arrive(part.full(made));
+      if constexpr (!Config::kInTurn) part.send(before[0], batch, tiles > 0);
+      before[kLate - 1] = before[0];
+      before[0] = {query, Config::slot(shared, turn).head * call.group_heads + head};
       ++made;
     }
     ++count;
@@ -394,17 +384,14 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dk);
   ptx::keep_in_registers(dv);
-  if (Config::kWithDq && tiles > 0) {
-    ptx::mbarrier_wait(base + Config::codes_full(static_cast<int>((made - 1) % kRing)), (made - 1) / kRing % 2);
-    ptx::wgmma_fence();
-    start_dq();
-    ptx::wgmma_wait_group<0>();
-    ptx::keep_in_registers(dq);
-    ptx::cp_async_bulk_wait_read();
-    __syncwarp();
-    stage_sums(dq, staged, call.dq_factor);
-    ptx::fence_proxy_async_shared();
-    add_dq(true);
+  if constexpr (Config::kWithDq) {
+#pragma unroll
+    for (int late = kLate; late > 0; --late) {
+      const uint32_t n = made - late;
+      if (late > tiles || !part.takes(n)) continue;
+      part.wait(n);
+      part.add(n, before[late - 1], batch);
+    }
   }
   release(barriers.rows_empty());
   // The note that ends the tiles.
@@ -518,7 +505,7 @@ const char* plan_dkv(DkvCall& call, int64_t& items) {
   map(call.x, {p.w.x, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   map(call.y, {p.w.y, 1, padded, kHeadDim, planes, kGradientTile, kHeadDim});
   if (Config::kWithDq) {
-    map(call.z, {p.w.z, 1, static_cast<int64_t>(tiles_of(s.keys)) * 64, kHeadDim, kv_planes, Config::kRows, kHeadDim});
+    map(call.z, {p.w.z, 1, static_cast<int64_t>(tiles_of(s.keys)) * 64, kHeadDim, kv_planes, 64, kHeadDim});
     map(call.dq, {p.dq, 2, static_cast<int64_t>(s.heads) * s.head_dim, s.queries, s.batch, kOutTileColumns, 16, true});
     call.dq_factor = sum_factor(s.keys);
   }

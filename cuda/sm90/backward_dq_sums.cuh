@@ -25,28 +25,28 @@ SAGE_HOST_DEVICE float sum_factor(int keys) {
   return factor;
 }
 
-// Writes the codes of a warp's 16 keys, one k-group of a tile of G [64 queries][128 keys], each pair of keys g, g + 8 side
-// by side: the order in which `z` has them then.
-//   tile       address of the tile, of rows of 128 bytes in their swizzle
-//   chunk      the warp's among the block's
-__device__ __forceinline__ void store_codes(uint32_t tile, int chunk, const uint32_t (&g)[kGradientRegisters]) {
-  using Tile = SharedTile<kGradientTile, 128>;
-  const int lane = static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize;
+// Writes the codes of a warp's 16 keys to its warpgroup's tile of G, [64 queries][64 keys]: keys g and g + 8 side by side,
+// the order in which `z` has them then.
+__device__ __forceinline__ void store_codes(uint32_t tile, const uint32_t (&g)[kGradientRegisters]) {
+  using Tile = SharedTile<kGradientTile, 64>;
+  const int thread = static_cast<int>(ptx::opaque(threadIdx.x)), lane = thread % kWarpSize;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t* const x = g + 4 * half;
-    ptx::stmatrix_x4_transposed(tile + Tile::offset(32 * half + lane, chunk), ptx::prmt(x[0], x[1], 0x5140),
+    ptx::stmatrix_x4_transposed(tile + Tile::offset(32 * half + lane, thread / kWarpSize % 4), ptx::prmt(x[0], x[1], 0x5140),
                                 ptx::prmt(x[0], x[1], 0x7362), ptx::prmt(x[2], x[3], 0x5140),
                                 ptx::prmt(x[2], x[3], 0x7362));
   }
 }
 
-// sums = G·zᵀ: 64 queries by 64 channels over 128 keys, from tiles of rows of 128 bytes at addresses in 16-byte units.
+// sums = G·zᵀ: 64 queries by 64 channels over the keys of kGroups tiles, of rows of 64 bytes, at addresses in 16-byte units.
+template <int kGroups, int kHeadDim>
 __device__ __forceinline__ void multiply_queries(float (&sums)[32], uint32_t g, uint32_t z) {
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    ptx::wgmma_m64k32_f32_e4m3(sums, ptx::shared_operand<128, 0, 1024>(g + 2 * step),
-                               ptx::shared_operand<128, 0, 1024>(z + 2 * step), step > 0);
+  for (int step = 0; step < 2 * kGroups; ++step) {
+    const int tile = step / 2, at = 2 * (step % 2);
+    ptx::wgmma_m64k32_f32_e4m3(sums, ptx::shared_operand<64, 0, 512>(g + tile * (kGradientTile * 64 / 16) + at),
+                               ptx::shared_operand<64, 0, 512>(z + tile * (kHeadDim * 64 / 16) + at), step > 0);
   }
 }
 
@@ -58,41 +58,132 @@ __device__ __forceinline__ void stage_sums(const float (&sums)[32], unsigned cha
   });
 }
 
+// A tile of 64 queries by the block's keys: its first query, of which head.
+struct QueryTile {
+  int query, head;
+};
+
+// The part that a consumer warpgroup has in dQ. Tiles are numbered from the kernel's beginning; the places of their codes
+// are used in turn.
+//   128 channels: both warpgroups take each tile, 64 channels each, one tile later than dK and dV.
+//   64: they take tiles in turn, two later.
+// Either way who publishes the codes of tile n has read those of tile n − kLate if they were its to read, so they may be
+// written over once the codes of n have been waited for.
+template <class Config>
+struct DqPart {
+  static constexpr int kPlaces = Config::kCodesStages, kLate = Config::kInTurn ? 2 : 1;
+  const CUtensorMap& map;
+  float factor;
+  uint32_t base;
+  unsigned char* staged;
+  int group;
+
+  __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group)
+      : map(map),
+        factor(factor),
+        base(ptx::shared_address(shared)),
+        staged(shared + Config::kStagedAt + (4 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4) * Config::kStagedBytes),
+        group(group) {}
+
+  __device__ __forceinline__ uint32_t codes(uint32_t n) const {
+    return base + Config::kCodesAt + static_cast<int>(n % kPlaces) * Config::kCodesBytes;
+  }
+  __device__ __forceinline__ uint32_t full(uint32_t n) const { return base + Config::codes_full(static_cast<int>(n % kPlaces)); }
+  __device__ __forceinline__ void wait(uint32_t n) const { ptx::mbarrier_wait(full(n), n / kPlaces % 2); }
+  __device__ __forceinline__ bool takes(uint32_t n) const { return !Config::kInTurn || static_cast<int>(n % Config::kGroups) == group; }
+
+  __device__ __forceinline__ void store(uint32_t n, const uint32_t (&g)[kGradientRegisters]) const {
+    store_codes(codes(n) + group * (kGradientTile * 64), g);
+  }
+  // The product of tile n; a group of its own.
+  __device__ __forceinline__ void start(float (&sums)[32], uint32_t n) const {
+    multiply_queries<Config::kGroups, Config::kHeadDim>(
+        sums, codes(n) / 16, (base + Config::kRowsBytes * 2 + (Config::kInTurn ? 0 : group * (64 * 64))) / 16);
+    ptx::wgmma_commit_group();
+  }
+  // What the copy engine had to read has been read, and `stage` may follow.
+  __device__ __forceinline__ void wait_for_staged() const {
+    ptx::cp_async_bulk_wait_read();
+    __syncwarp();
+  }
+  // The sums to shared memory, for the copy engine.
+  __device__ __forceinline__ void stage(const float (&sums)[32]) const {
+    stage_sums(sums, staged, factor);
+    ptx::fence_proxy_async_shared();
+  }
+  // Adds them to memory, if `some`.
+  __device__ __forceinline__ void send(const QueryTile& tile, int batch, bool some) const {
+    __syncwarp();
+    ptx::cp_reduce_async_bulk_tensor_3d_if(&map, ptx::shared_address(staged),
+                                           tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * 64),
+                                           tile.query + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16, batch,
+                                           some && threadIdx.x % kWarpSize == 0);
+    ptx::cp_async_bulk_commit();
+  }
+  // All of it at once.
+  __device__ __forceinline__ void add(uint32_t n, const QueryTile& tile, int batch) const {
+    float sums[32];
+    ptx::wgmma_fence();
+    start(sums, n);
+    wait_for_staged();
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(sums);
+    stage(sums);
+    send(tile, batch, true);
+  }
+};
+
 // ------------------------------------------------------------------------------------------------- dQ
 
 inline constexpr int kFinishThreads = 256;
 
-// dQ from its sums, in place: eight channels of a row a thread.
+// dQ from its sums, in place: a block has a tile of queries of one head, a thread eight channels of some of them. Heads come
+// first: blocks at work at the same time read whole rows of memory.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kFinishThreads) finish_dq(const BackwardCall p) {
-  constexpr int kPieces = kHeadDim / 8;
+  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces, kRows = kTileQueries / kAtOnce;
   const AttentionShape& s = p.shape;
-  const int64_t piece = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
-  const int64_t row = piece / kPieces;  // of [B, T, N]
-  if (row >= static_cast<int64_t>(s.batch) * s.queries * s.heads) return;
-  const int n = static_cast<int>(row % s.heads);
-  const int64_t token = row / s.heads;
-  const int b = static_cast<int>(token / s.queries), query = static_cast<int>(token % s.queries);
+  const int tiles = tiles_of(s.queries), n = static_cast<int>(blockIdx.x) % s.heads;
+  const int tile = static_cast<int>(blockIdx.x) / s.heads % tiles, b = static_cast<int>(blockIdx.x) / s.heads / tiles;
   const int64_t plane = static_cast<int64_t>(b) * s.heads + n;
-  const int64_t channel = (static_cast<int64_t>(b) * s.kv_heads + n / (s.heads / s.kv_heads)) * kHeadDim +
-                          8 * (static_cast<int>(threadIdx.x) % kPieces);
-  uint4* const at = reinterpret_cast<uint4*>(p.dq) + piece;
-  const uint4 sums = *at;
-  const float factor = p.w.row_factor[plane * tiles_of(s.queries) * kTileQueries + query] / sum_factor(s.keys);
-  const float dlse = p.l[plane * s.queries + query] != 0.0f ? p.dlse[plane * s.queries + query] * p.scale : 0.0f;
-  uint32_t x[4] = {sums.x, sums.y, sums.z, sums.w};
+  const int piece = static_cast<int>(threadIdx.x) % kPieces;
+  const int first = tile * kTileQueries + static_cast<int>(threadIdx.x) / kPieces;
+  uint4* const out = reinterpret_cast<uint4*>(p.dq) + piece;
+  uint4 sums[kRows];
+  float factor[kRows], dlse[kRows];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float y[2];
-    ptx::cvt_f32_f16x2(y[0], y[1], x[i]);
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      y[c] *= factor * channel_scale(p.w.z_max, channel + 2 * i + c);
-      if (dlse != 0.0f) y[c] = fmaf(dlse, p.k_mean[channel + 2 * i + c], y[c]);
-    }
-    x[i] = p.dq_dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(y[0], y[1]) : ptx::cvt_f16x2_f32(y[0], y[1]);
+  for (int i = 0; i < kRows; ++i) {
+    const int query = first + kAtOnce * i;
+    sums[i] = make_uint4(0, 0, 0, 0);
+    factor[i] = dlse[i] = 0.0f;
+    if (query >= s.queries) continue;
+    sums[i] = out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces];
+    factor[i] = p.w.row_factor[plane * tiles * kTileQueries + query];
+    dlse[i] = p.l[plane * s.queries + query] != 0.0f ? p.dlse[plane * s.queries + query] * p.scale : 0.0f;
   }
-  *at = make_uint4(x[0], x[1], x[2], x[3]);
+  const int64_t channel = (static_cast<int64_t>(b) * s.kv_heads + n / (s.heads / s.kv_heads)) * kHeadDim + 8 * piece;
+  const float unscaled = 1.0f / sum_factor(s.keys);
+  float scale[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max, channel + c) * unscaled;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int query = first + kAtOnce * i;
+    if (query >= s.queries) continue;
+    uint32_t x[4] = {sums[i].x, sums[i].y, sums[i].z, sums[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float y[2];
+      ptx::cvt_f32_f16x2(y[0], y[1], x[j]);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        y[c] *= factor[i] * scale[2 * j + c];
+        if (dlse[i] != 0.0f) y[c] = fmaf(dlse[i], p.k_mean[channel + 2 * j + c], y[c]);
+      }
+      x[j] = p.dq_dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(y[0], y[1]) : ptx::cvt_f16x2_f32(y[0], y[1]);
+    }
+    out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces] = make_uint4(x[0], x[1], x[2], x[3]);
+  }
 }
 
 }  // namespace sage::sm90

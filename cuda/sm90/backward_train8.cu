@@ -59,8 +59,8 @@ const char* launch_at_once(const BackwardCall& p, Stream stream) {
   call.crew = {0, static_cast<int>(std::min<int64_t>(items, multiprocessors()))};
   error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
   if (error != nullptr) return error;
-  return launch(finish_dq<Config::kHeadDim>, dim3(blocks_for(rows * (s.head_dim / 8), kFinishThreads)), kFinishThreads, 0,
-                stream, p);
+  return launch(finish_dq<Config::kHeadDim>, dim3(static_cast<unsigned>(tiles_of(s.queries)) * s.heads * s.batch),
+                kFinishThreads, 0, stream, p);
 }
 
 template <class Config>
@@ -86,7 +86,7 @@ bool adds_dq_sm90(const BackwardParams& p) {
   const AttentionShape& s = p.shape;
   const bool empty = s.batch == 0 || s.heads == 0 || s.queries == 0 || s.keys == 0;
   return p.backward == Backward::kTrain8 && p.dp == DpFormat::kInt8 && !p.deterministic && !p.portable && !empty &&
-         s.padded_dim == 128 && s.head_dim == 128 && p.dq_dtype != Dtype::kF32 && p.dk_dtype != Dtype::kF32 &&
+         s.padded_dim <= 128 && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 && p.dk_dtype != Dtype::kF32 &&
          p.dv_dtype != Dtype::kF32;
 }
 
@@ -98,7 +98,10 @@ const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   }
   const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
   if (error != nullptr) return error;
-  if (p.adds_dq) return sm90::launch_at_once<sm90::DkvConfig<128, true>>(p, stream);
+  if (p.adds_dq) {
+    return p.shape.padded_dim == 64 ? sm90::launch_at_once<sm90::DkvConfig<64, true>>(p, stream)
+                                    : sm90::launch_at_once<sm90::DkvConfig<128, true>>(p, stream);
+  }
   return p.shape.padded_dim == 64 ? sm90::launch_gradients<sm90::GradientsConfig<64>>(p, stream)
                                   : sm90::launch_gradients<sm90::GradientsConfig<128>>(p, stream);
 }
