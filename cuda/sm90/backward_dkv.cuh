@@ -47,7 +47,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
   static constexpr int kWarpBytes = 16 * kHeadDim * (kWithDq ? 2 : 4);  // of dK, and again of dV
-  static constexpr int kStages = kHeadDim == 128 ? 2 : kWithDq ? 3 : 4;
+  static constexpr int kStages = kHeadDim == 128 || kWithDq ? 2 : 4;  // a power of two: stages follow from counts
   static constexpr int kScoresAt = (kWithDq ? 3 : 2) * kRowsBytes;
   static constexpr int kScoresBytes = 2 * kTileBytes + kTermsBytes;
   static constexpr int kSumsAt = kScoresAt + kStages * kScoresBytes;
