@@ -48,6 +48,21 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t ph
   return done != 0;
 }
 
+// The same, without insisting: the answer may come late, and be no.
+__device__ __forceinline__ uint32_t mbarrier_try_wait(uint32_t barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return done;
+#else
+  return mbarrier_test_wait(barrier, phase);
+#endif
+}
+
 // Waits until it is. The hint, in nanoseconds, lets the hardware suspend the thread: without it the
 // loop spins, and takes the scheduler's turns away from other warps.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t phase) {

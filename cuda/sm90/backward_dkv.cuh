@@ -274,10 +274,13 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   QueryTile before[kLate] = {};  // the tile before, and the one before that
   const int batch = Config::kWithDq ? from_lane_0(Config::slot(shared, turn).b) : 0;
 
+  uint32_t scores_there = 0;  // whether the next tile is known to be there
   while (true) {
     const int stage = static_cast<int>(count % Config::kStages);
     const uint32_t phase = count / Config::kStages % 2;
-    ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
+    if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
+    uint32_t codes_there = 0;
+    if (Config::kInTurn && made >= kLate) codes_there = ptx::mbarrier_try_wait(part.full(made - kLate), (made - kLate) / DqPart<Config>::kPlaces % 2);
     const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
     const uint32_t flags = from_lane_0(note.flags);
     int query = 0, head = 0;
@@ -295,7 +298,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::keep_in_registers(dv);
     if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
     if constexpr (Config::kInTurn) {
-      if (made >= kLate) part.wait(made - kLate);
+      if (made >= kLate && !codes_there) part.wait(made - kLate);
       if (tiles >= kLate && part.takes(made - kLate)) part.add(made - kLate, before[kLate - 1], batch);
     }
     ptx::wgmma_fence();
@@ -318,8 +321,12 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
     const auto* const terms =
         reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
+    float dq[32];
+    uint32_t sums_there = 0;
+    if (Config::kWithDq && !Config::kInTurn && made > 0) codes_there = ptx::mbarrier_try_wait(part.full(made - 1), (made - 1) / 3 % 2);
 #pragma unroll
     for (int c = 0; c < kGradientValues / 8; ++c) {
+      if (c == 3) sums_there = ptx::mbarrier_try_wait(base + Config::sums_full(stage), phase);
       float e[8], x[8];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -350,18 +357,19 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       hide_codes(g_operand, seen);
     }
     release(base + Config::scores_empty(stage));
-    if (Config::kWithDq && !Config::kInTurn && made > 0) part.wait(made - 1);
-    ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
+    if (Config::kWithDq && !Config::kInTurn && made > 0) if (!codes_there) part.wait(made - 1);
+    if (!sums_there) ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
     const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
     ptx::keep_in_registers(p_operand);
     ptx::keep_in_registers(g_operand);
     ptx::wgmma_fence();
-    float dq[32];
     if constexpr (Config::kWithDq && !Config::kInTurn) part.start(dq, made - 1);
     const int go_on = Config::kWithDq ? tiles > 0 : tiles % kExactTiles != 0;
     multiply_gradients<kHeadDim>(dv, p_operand, sums, go_on);
     multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, go_on);
     ptx::wgmma_commit_group();
+    scores_there = ptx::mbarrier_try_wait(base + Config::scores_full(static_cast<int>((count + 1) % Config::kStages)),
+                                          (count + 1) / Config::kStages % 2);
     if constexpr (Config::kWithDq) {
       part.store(made, g_operand);
       if constexpr (Config::kInTurn) {
