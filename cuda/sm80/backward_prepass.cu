@@ -1,6 +1,6 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
 //   clear_maxima      zeroes the maxima, and how many rows are taken                (train8)
-//   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
+//   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8); clears dQ where it is added up
 //   query_terms       per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
 //   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter.
@@ -68,9 +68,8 @@ __device__ __forceinline__ float norm(const float (&x)[kChannels], float largest
 
 __global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall p) {
   const BackwardWorkspace& w = p.w;
-  const int64_t heads = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kClearThreads + threadIdx.x;
-  if (i < 3 * heads * p.shape.padded_dim + heads + 2) w.x_max[i] = 0;  // maxima, and what is taken
+  if (i < w.taken + 2 - w.x_max) w.x_max[i] = 0;  // maxima, and what is taken
 }
 
 // The largest magnitudes of eight channels' codes over some tokens, in pairs of 16 bits: channels 0 and 2, 1 and 3, 4
@@ -93,6 +92,18 @@ struct LargestCodes {
     return max(largest, -smallest);
   }
 };
+
+// This block's share of dQ, which is going to be added up (sm90/backward_dq_sums.cuh), becomes zero. Beside loads that are
+// waited for, these stores cost little.
+template <int kThreads>
+__device__ __forceinline__ void clear_dq(const BackwardCall& p) {
+  const AttentionShape& s = p.shape;
+  const int64_t pieces = static_cast<int64_t>(s.batch) * s.queries * s.heads * s.head_dim / 8;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pieces;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    static_cast<uint4*>(p.dq)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(const BackwardCall p) {
@@ -159,6 +170,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(c
       norm_max = fmaxf(norm_max, norm<Rows::kThreadsPerToken>(x, top));
     }
   }
+  if (p.adds_dq) clear_dq<Rows::kThreads>(p);
   norm_max = block_max<Rows::kThreads>(norm_max, norms);
   if (threadIdx.x == 0) atomicMax(p.w.v_max + at.plane, float_bits(norm_max));
   store_maxima<kHeadDim>(channel_max, largest, p.w.z_max + at.plane * kHeadDim);
@@ -306,7 +318,7 @@ const char* start(const BackwardCall& p, Stream stream) {
     return static_cast<unsigned>((tiles + per_block - 1) / per_block) * heads * batch;
   };
   const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
-  const int64_t maxima = static_cast<int64_t>(s.batch) * s.kv_heads * (3 * s.padded_dim + 1) + 2;
+  const int64_t maxima = p.w.taken + 2 - p.w.x_max;
   const char* error = nullptr;
   const auto run = [&](void (*kernel)(BackwardCall), unsigned count, int threads) {
     if (error == nullptr) error = launch(kernel, count, threads, 0, stream, p);

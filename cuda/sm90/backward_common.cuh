@@ -89,69 +89,54 @@ __device__ __forceinline__ void hide_codes(uint32_t (&operand)[kGradientRegister
   for (int i = 0; i < kGradientRegisters; ++i) operand[i] &= sm80::seen_bytes(seen, i / 2, i % 2);
 }
 
-// Adds the matrix unit's sums to those in shared memory, of which each thread has its own.
-template <int kValues>
-__device__ __forceinline__ void add_exactly(unsigned char* region, const float (&x)[kValues],
-                                            bool first) {
-  float4* const sums = reinterpret_cast<float4*>(region) + threadIdx.x % kWarpSize;
+// Exact sums: the matrix unit's are added to others in shared memory, of which each thread has its own. Those are float32
+// or, `kRounded`, bf16: then x keeps what they cannot hold, and goes on from there, so nothing is lost.
+template <bool kRounded, int kValues>
+__device__ __forceinline__ void add_exactly(unsigned char* region, float (&x)[kValues], bool first) {
+  constexpr int kAtOnce = kRounded ? 8 : 4;
+  uint4* const sums = reinterpret_cast<uint4*>(region) + threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int i = 0; i < kValues / 4; ++i) {
-    float4 y = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
-    if (!first) {
-      const float4 old = sums[i * kWarpSize];
-      y = make_float4(old.x + y.x, old.y + y.y, old.z + y.z, old.w + y.w);
+  for (int i = 0; i < kValues; i += kAtOnce) {
+    uint4& sum = sums[i / kAtOnce * kWarpSize];
+    uint4 old = make_uint4(0, 0, 0, 0);
+    if (!first) old = sum;
+    uint32_t words[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (kRounded) {
+        float low, high, &x0 = x[i + 2 * j], &x1 = x[i + 2 * j + 1];
+        ptx::cvt_f32_bf16x2(low, high, words[j]);
+        x0 += low, x1 += high;
+        words[j] = ptx::cvt_bf16x2_f32(x0, x1);
+        ptx::cvt_f32_bf16x2(low, high, words[j]);
+        x0 -= low, x1 -= high;
+      } else {
+        words[j] = float_bits(bits_float(words[j]) + x[i + j]);
+      }
     }
-    sums[i * kWarpSize] = y;
+    sum = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
 // x plus the exact sums, where there are any.
-template <int kValues>
+template <bool kRounded, int kValues>
 __device__ __forceinline__ void collect(const unsigned char* region, float (&x)[kValues], bool exact) {
-  const float4* const sums = reinterpret_cast<const float4*>(region) + threadIdx.x % kWarpSize;
+  constexpr int kAtOnce = kRounded ? 8 : 4;
   if (!exact) return;
-#pragma unroll
-  for (int i = 0; i < kValues / 4; ++i) {
-    const float4 y = sums[i * kWarpSize];
-    x[4 * i] += y.x, x[4 * i + 1] += y.y, x[4 * i + 2] += y.z, x[4 * i + 3] += y.w;
-  }
-}
-
-// The same in bf16; what those cannot hold stays in x, so nothing is lost.
-template <int kValues>
-__device__ __forceinline__ void add_rounded(unsigned char* region, float (&x)[kValues], bool first) {
-  uint4* const sums = reinterpret_cast<uint4*>(region) + threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int i = 0; i < kValues / 8; ++i) {
-    uint4 old = make_uint4(0, 0, 0, 0);
-    if (!first) old = sums[i * kWarpSize];
-    uint32_t pairs[4] = {old.x, old.y, old.z, old.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float low, high, &x0 = x[8 * i + 2 * j], &x1 = x[8 * i + 2 * j + 1];
-      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
-      x0 += low, x1 += high;
-      pairs[j] = ptx::cvt_bf16x2_f32(x0, x1);
-      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
-      x0 -= low, x1 -= high;
-    }
-    sums[i * kWarpSize] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  }
-}
-
-template <int kValues>
-__device__ __forceinline__ void collect_rounded(const unsigned char* region, float (&x)[kValues], bool rounded) {
   const uint4* const sums = reinterpret_cast<const uint4*>(region) + threadIdx.x % kWarpSize;
-  if (!rounded) return;
 #pragma unroll
-  for (int i = 0; i < kValues / 8; ++i) {
-    const uint4 old = sums[i * kWarpSize];
-    const uint32_t pairs[4] = {old.x, old.y, old.z, old.w};
+  for (int i = 0; i < kValues; i += kAtOnce) {
+    const uint4 sum = sums[i / kAtOnce * kWarpSize];
+    const uint32_t words[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float low, high;
-      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
-      x[8 * i + 2 * j] += low, x[8 * i + 2 * j + 1] += high;
+      if constexpr (kRounded) {
+        float low, high;
+        ptx::cvt_f32_bf16x2(low, high, words[j]);
+        x[i + 2 * j] += low, x[i + 2 * j + 1] += high;
+      } else {
+        x[i + j] += bits_float(words[j]);
+      }
     }
   }
 }

@@ -104,14 +104,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
     const int item = call.crew.item(turn, p.w.taken + 1);
-    ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
-    if (item >= call.items) {
-      if (threadIdx.x == 0) slot.row = kNoRows;
-      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
-      return;
-    }
-    describe_queries<Config>(call, slot, item);
-    ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+    if (!hand_out(barriers, slot, turn, item < call.items, [&] { describe_queries<Config>(call, slot, item); })) return;
     if (threadIdx.x == 0) {
       const int plane = slot.b * p.shape.heads + slot.head, padded = tiles_of(p.shape.queries) * kTileQueries;
       const uint32_t terms_bytes = min(Config::kRows, padded - slot.row) * static_cast<int>(sizeof(QueryTerms));
@@ -235,7 +228,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
     if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
     if (count > 0 && count % kExactTiles == 0) {
       if (count == kExactTiles) wait_for_sent_tiles();
-      add_exactly(region, dq, count == kExactTiles);
+      add_exactly<false>(region, dq, count == kExactTiles);
     }
 
     const Line score[2] = {{terms[0].score * note.scale[0], terms[0].shift},
@@ -292,7 +285,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
     phase ^= 1;
   }
   wait_for_sent_tiles();
-  collect(region, dq, count > kExactTiles);
+  collect<false>(region, dq, count > kExactTiles);
   // Scales of channels, beside the first warp's outputs.
   auto* const scales = reinterpret_cast<float*>(shared + Config::kWarpsAt + group * 4 * Config::kWarpBytes +
                                                 Config::kWarpBytes / 2);
@@ -343,16 +336,9 @@ __device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shar
     if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    const GradientBarriers barriers = Config::barriers(base);
     int stage = 0;
     uint32_t phase = 0;
-#pragma unroll 1
-    for (int turn = 0;; ++turn) {
-      ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
-      if (from_lane_0(Config::slot(shared, turn).row) == kNoRows) break;
-      compute_dq<Config>(call, shared, group - 1, turn, stage, phase);
-    }
-    wait_for_sent_tiles();
+    take_turns<Config>(shared, [&](int turn) { compute_dq<Config>(call, shared, group - 1, turn, stage, phase); });
   }
 }
 

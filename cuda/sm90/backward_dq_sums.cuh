@@ -50,28 +50,22 @@ __device__ __forceinline__ void multiply_queries(float (&sums)[32], uint32_t g, 
   }
 }
 
-// A warp's 16 rows of sums, of 64 channels, to `staged`, 2 KiB of its own at a multiple of 1024.
-__device__ __forceinline__ void stage_sums(const float (&sums)[32], unsigned char* staged, float factor) {
-  write_tiles<64, false>(staged, [&](int n) {
-    return FourOutputs{{sums[4 * n] * factor, sums[4 * n + 1] * factor},
-                       {sums[4 * n + 2] * factor, sums[4 * n + 3] * factor}};
-  });
-}
-
-// A tile of 64 queries by the block's keys: its first query, of which head.
+// A tile of 64 queries of a head by the block's keys.
 struct QueryTile {
-  int query, head;
+  int query, head;  // its first
 };
 
-// The part that a consumer warpgroup has in dQ. Tiles are numbered from the kernel's beginning; the places of their codes
-// are used in turn.
-//   128 channels: both warpgroups take each tile, 64 channels each, one tile later than dK and dV.
-//   64: they take tiles in turn, two later.
-// Either way who publishes the codes of tile n has read those of tile n − kLate if they were its to read, so they may be
-// written over once the codes of n have been waited for.
+// The part that a consumer warpgroup has in dQ: of each tile 64 channels, one tile later than dK and dV, or of every third
+// tile all 64, two tiles later (`kInTurn`). Tiles are numbered from the kernel's beginning; the places of their codes are used
+// in turn.
+//
+// Who publishes the codes of tile n has read those of tile n − kLate, if they were its to read. So who has waited for the codes
+// of tile n − kLate may write those of tile n over those of tile n − 2·kLate and of all before.
 template <class Config>
 struct DqPart {
-  static constexpr int kPlaces = Config::kCodesStages, kLate = Config::kInTurn ? 2 : 1;
+  static constexpr int kPlaces = Config::kCodesPlaces, kLate = Config::kInTurn ? 2 : 1;
+  static_assert(!Config::kWithDq || kPlaces >= 2 * kLate, "codes are not written over before they have been read");
+  static constexpr int kValues = kOutTileColumns / 2;  // of a thread
   const CUtensorMap& map;
   float factor;
   uint32_t base;
@@ -82,53 +76,61 @@ struct DqPart {
       : map(map),
         factor(factor),
         base(ptx::shared_address(shared)),
-        staged(shared + Config::kStagedAt + (4 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4) * Config::kStagedBytes),
+        staged(shared + Config::kStagedAt + (4 * group + warp()) * Config::kStagedBytes),
         group(group) {}
 
+  static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize % 4; }  // of the warpgroup
   __device__ __forceinline__ uint32_t codes(uint32_t n) const {
     return base + Config::kCodesAt + static_cast<int>(n % kPlaces) * Config::kCodesBytes;
   }
-  __device__ __forceinline__ uint32_t full(uint32_t n) const { return base + Config::codes_full(static_cast<int>(n % kPlaces)); }
+  __device__ __forceinline__ uint32_t full(uint32_t n) const {
+    return base + Config::codes_full(static_cast<int>(n % kPlaces));
+  }
+  __device__ __forceinline__ uint32_t ask(uint32_t n) const { return ptx::mbarrier_try_wait(full(n), n / kPlaces % 2); }
   __device__ __forceinline__ void wait(uint32_t n) const { ptx::mbarrier_wait(full(n), n / kPlaces % 2); }
-  __device__ __forceinline__ bool takes(uint32_t n) const { return !Config::kInTurn || static_cast<int>(n % Config::kGroups) == group; }
+  __device__ __forceinline__ bool takes(uint32_t n) const {
+    return !Config::kInTurn || static_cast<int>(n % Config::kGroups) == group;
+  }
 
   __device__ __forceinline__ void store(uint32_t n, const uint32_t (&g)[kGradientRegisters]) const {
-    store_codes(codes(n) + group * (kGradientTile * 64), g);
+    store_codes(codes(n) + group * Config::kCodesTile, g);
   }
-  // The product of tile n; a group of its own.
-  __device__ __forceinline__ void start(float (&sums)[32], uint32_t n) const {
-    multiply_queries<Config::kGroups, Config::kHeadDim>(
-        sums, codes(n) / 16, (base + Config::kRowsBytes * 2 + (Config::kInTurn ? 0 : group * (64 * 64))) / 16);
+  // The product of tile n, a group of its own.
+  __device__ __forceinline__ void start(float (&sums)[kValues], uint32_t n) const {
+    const int channels = Config::kInTurn ? 0 : group * (kOutTileColumns * 64);
+    multiply_queries<Config::kGroups, Config::kHeadDim>(sums, codes(n) / 16, (base + Config::kZAt + channels) / 16);
     ptx::wgmma_commit_group();
   }
-  // What the copy engine had to read has been read, and `stage` may follow.
+  // Until the copy engine has read what was staged before.
   __device__ __forceinline__ void wait_for_staged() const {
     ptx::cp_async_bulk_wait_read();
     __syncwarp();
   }
-  // The sums to shared memory, for the copy engine.
-  __device__ __forceinline__ void stage(const float (&sums)[32]) const {
-    stage_sums(sums, staged, factor);
-    ptx::fence_proxy_async_shared();
+  // A warp's 16 rows to shared memory, for the copy engine, once a fence has followed.
+  __device__ __forceinline__ void stage(const float (&sums)[kValues]) const {
+    write_tiles<kOutTileColumns, false>(staged, [&](int n) {
+      return FourOutputs{{sums[4 * n] * factor, sums[4 * n + 1] * factor},
+                         {sums[4 * n + 2] * factor, sums[4 * n + 3] * factor}};
+    });
   }
   // Adds them to memory, if `some`.
   __device__ __forceinline__ void send(const QueryTile& tile, int batch, bool some) const {
     __syncwarp();
-    ptx::cp_reduce_async_bulk_tensor_3d_if(&map, ptx::shared_address(staged),
-                                           tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * 64),
-                                           tile.query + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16, batch,
-                                           some && threadIdx.x % kWarpSize == 0);
+    ptx::cp_reduce_async_bulk_tensor_3d_if(
+        &map, ptx::shared_address(staged), tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
+        tile.query + 16 * warp(), batch, some && threadIdx.x % kWarpSize == 0);
     ptx::cp_async_bulk_commit();
   }
   // All of it at once.
   __device__ __forceinline__ void add(uint32_t n, const QueryTile& tile, int batch) const {
-    float sums[32];
+    float sums[kValues];
     ptx::wgmma_fence();
     start(sums, n);
     wait_for_staged();
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(sums);
     stage(sums);
+    ptx::fence_proxy_async_shared();
     send(tile, batch, true);
   }
 };

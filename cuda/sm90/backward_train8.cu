@@ -13,7 +13,7 @@ namespace sm90 {
 // waits between them for the last of the first.
 template <int kHeadDim_>
 struct GradientsConfig {
-  using Dkv = DkvConfig<kHeadDim_>;
+  using Dkv = DkvConfig<kHeadDim_, false>;
   using Dq = DqConfig<kHeadDim_>;
   static_assert(Dkv::kThreads == Dq::kThreads, "they share a launch");
   static constexpr int kThreads = Dkv::kThreads;
@@ -53,9 +53,6 @@ const char* launch_at_once(const BackwardCall& p, Stream stream) {
   if (error != nullptr) return error;
   if (items > INT32_MAX / 2) return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
   const AttentionShape& s = p.shape;
-  const int64_t rows = static_cast<int64_t>(s.batch) * s.queries * s.heads;
-  const cudaError_t status = cudaMemsetAsync(p.dq, 0, rows * s.head_dim * 2, static_cast<cudaStream_t>(stream));
-  if (status != cudaSuccess) return cudaGetErrorString(status);
   call.crew = {0, static_cast<int>(std::min<int64_t>(items, multiprocessors()))};
   error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
   if (error != nullptr) return error;
