@@ -27,17 +27,6 @@ constexpr int kTilesPerBlock = 4;  // of the launches that take maxima: each end
 constexpr int kClearThreads = 256;
 constexpr float kSmallestR = 0x1p-100f;  // below, 1/r could overflow: such rows carry no gradient
 
-// Blocks of query_terms that a multiprocessor is to hold. Three fit where 80 registers are enough: for 16-bit
-// tensors, in whole pieces, and not on sm_80 and sm_89, for which ptxas needs a few more.
-#if __CUDA_ARCH__ >= 900
-inline constexpr bool kRegistersSuffice = true;
-#else
-inline constexpr bool kRegistersSuffice = false;
-#endif
-template <int kHeadDim, class Piece>
-inline constexpr int kTermsBlocks =
-    kRegistersSuffice && sizeof(Piece) == 16 && kHeadDim < 256 ? 384 / kHeadDim : 1;
-
 // The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory.
 template <int kHeadDim>
 __device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],

@@ -63,7 +63,7 @@ struct QueryTile {
 // of tile n − kLate may write those of tile n over those of tile n − 2·kLate and of all before.
 template <class Config>
 struct DqPart {
-  static constexpr int kPlaces = Config::kCodesPlaces, kLate = Config::kInTurn ? 2 : 1;
+  static constexpr int kPlaces = Config::kWithDq ? Config::kCodesPlaces : 1, kLate = Config::kInTurn ? 2 : 1;
   static_assert(!Config::kWithDq || kPlaces >= 2 * kLate, "codes are not written over before they have been read");
   static constexpr int kValues = kOutTileColumns / 2;  // of a thread
   const CUtensorMap& map;
@@ -137,19 +137,19 @@ struct DqPart {
 
 // ------------------------------------------------------------------------------------------------- dQ
 
-inline constexpr int kFinishThreads = 256;
+inline constexpr int kFinishThreads = 256, kFinishQueries = 64;
 
-// dQ from its sums, in place: a block has a tile of queries of one head, a thread eight channels of some of them. Heads come
+// dQ from its sums, in place: a block has kFinishQueries queries of one head, a thread eight channels of some of them. Heads come
 // first: blocks at work at the same time read whole rows of memory.
 template <int kHeadDim>
 __global__ void __launch_bounds__(kFinishThreads) finish_dq(const BackwardCall p) {
-  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces, kRows = kTileQueries / kAtOnce;
+  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces, kRows = kFinishQueries / kAtOnce;
   const AttentionShape& s = p.shape;
-  const int tiles = tiles_of(s.queries), n = static_cast<int>(blockIdx.x) % s.heads;
+  const int tiles = (s.queries + kFinishQueries - 1) / kFinishQueries, n = static_cast<int>(blockIdx.x) % s.heads;
   const int tile = static_cast<int>(blockIdx.x) / s.heads % tiles, b = static_cast<int>(blockIdx.x) / s.heads / tiles;
   const int64_t plane = static_cast<int64_t>(b) * s.heads + n;
   const int piece = static_cast<int>(threadIdx.x) % kPieces;
-  const int first = tile * kTileQueries + static_cast<int>(threadIdx.x) / kPieces;
+  const int first = tile * kFinishQueries + static_cast<int>(threadIdx.x) / kPieces;
   uint4* const out = reinterpret_cast<uint4*>(p.dq) + piece;
   uint4 sums[kRows];
   float factor[kRows], dlse[kRows];
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_dq(const BackwardCall p
     factor[i] = dlse[i] = 0.0f;
     if (query >= s.queries) continue;
     sums[i] = out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces];
-    factor[i] = p.w.row_factor[plane * tiles * kTileQueries + query];
+    factor[i] = p.w.row_factor[plane * tiles_of(s.queries) * kTileQueries + query];
     dlse[i] = p.l[plane * s.queries + query] != 0.0f ? p.dlse[plane * s.queries + query] * p.scale : 0.0f;
   }
   const int64_t channel = (static_cast<int64_t>(b) * s.kv_heads + n / (s.heads / s.kv_heads)) * kHeadDim + 8 * piece;

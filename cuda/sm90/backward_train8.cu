@@ -56,7 +56,7 @@ const char* launch_at_once(const BackwardCall& p, Stream stream) {
   call.crew = {0, static_cast<int>(std::min<int64_t>(items, multiprocessors()))};
   error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
   if (error != nullptr) return error;
-  return launch(finish_dq<Config::kHeadDim>, dim3(static_cast<unsigned>(tiles_of(s.queries)) * s.heads * s.batch),
+  return launch(finish_dq<Config::kHeadDim>, dim3(blocks_for(s.queries, kFinishQueries) * s.heads * s.batch),
                 kFinishThreads, 0, stream, p);
 }
 
