@@ -1,0 +1,120 @@
+"""All three gradients in one walk over the scores, dQ added up in memory in 16 bits and any order: what Hopper's kernels do
+for inputs of 16 bits and head dimensions 64 and 128 unless `deterministic` is asked for. Other GPUs run the same tests on
+the kernels that they have. `pytest -m gpu` on a GPU machine.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, make_inputs
+from metrics import assert_same_bits, relative_l2
+from test_gpu import TRAIN8, gradients_on_gpu, gradients_on_host, settings_of
+
+from sage_jax import _vjp, accuracy, dot_product_attention
+from sage_jax.masking import Masks
+
+pytestmark = pytest.mark.gpu
+
+LONG_MASK = dict(B=2, lengths=True, empty_rows=True)
+CASES = [
+    Case("causal_gqa", T=1300, S=1300, N=6, K=2, right=0),
+    Case("short", T=1, S=70),
+    Case("one_tile", T=64, S=128),
+    Case("three_tiles", T=130, S=500, N=3, K=1),
+    Case("window", T=900, S=900, left=100, right=30),
+    Case("bottom_right", T=200, S=900, right=0, bottom_right=True, **LONG_MASK),
+    Case("tall", T=900, S=200, right=0, bottom_right=True, **LONG_MASK),
+    Case("segments", T=700, S=700, right=0, segments=True),
+    Case("mask", T=300, S=400, N=4, K=2, mask=(1, 1, 1, 1), empty_rows=True),
+    Case("everything", T=390, S=370, N=4, K=2, segments=True, mask=(1, 0, 1, 1), left=90, right=0, **LONG_MASK),
+]
+CASES = [
+    dataclasses.replace(case, H=head_dim, dtype=dtype, name=f"{case.name}_{head_dim}")
+    for case in CASES
+    for head_dim, dtype in ((64, "float16"), (128, "bfloat16"))
+]
+# Two ways to add up the same codes, both rounded to bfloat16: half a unit in the last place each. Where softmax gives
+# nearly all to one key the gradient is what is left of a difference.
+ROUNDED = 6e-3
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_follow_the_specification(case):
+    inputs = make_inputs(case)
+    ours = gradients_on_gpu(case, TRAIN8, *inputs)
+    expected = gradients_on_host(case, TRAIN8, inputs)
+    for name, actual, one in list(zip(("out", "lse", "dq", "dk", "dv"), ours, expected, strict=True))[2:]:
+        actual, one = np.asarray(actual, np.float32), np.asarray(one, np.float32)
+        assert np.isfinite(actual).all(), name
+        # The output, whose probabilities the kernels round relative to other maxima, is part of dS.
+        assert np.linalg.norm(actual - one) < 0.03 * np.linalg.norm(one) + 1e-6, name
+
+
+def gradients(case, inputs, deterministic):
+    q, k, v, dout, dlse, masks = inputs
+    masks = Masks(*(None if x is None or not any(x.shape) else x for x in masks))
+    settings = dataclasses.replace(settings_of(case, TRAIN8, "cuda"), deterministic=deterministic)
+    _, pull = jax.vjp(lambda *x: _vjp.attention(settings, *x, masks), q, k, v)
+    return [np.asarray(x, np.float32) for x in pull((dout, dlse))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_both_ways_agree(case):
+    inputs = make_inputs(case)
+    q, k, v, dout, dlse, masks = inputs
+    bad = dout.at[0, case.T // 2, 1, 3].set(jnp.nan)  # one query's gradient, and those of the keys that it sees
+    for given in (inputs, (q, k, v, bad, dlse, masks)):
+        apart, at_once = (gradients(case, given, deterministic) for deterministic in (True, False))
+        for name, x, y in zip(("dq", "dk", "dv"), at_once, apart, strict=True):
+            assert (np.isnan(x) == np.isnan(y)).all(), name
+            x, y = np.nan_to_num(x), np.nan_to_num(y)
+            assert np.linalg.norm(x - y) <= ROUNDED * np.linalg.norm(y) + 1e-6, name
+
+
+@pytest.mark.parametrize("case", CASES[:2] + CASES[10:14], ids=str)
+def test_runs_differ_in_the_rounding_of_dq_alone(case):
+    inputs = make_inputs(case)
+    first = gradients(case, inputs, False)
+    for _ in range(4):
+        dq, dk, dv = gradients(case, inputs, False)
+        assert_same_bits(dk, first[1], "dk")
+        assert_same_bits(dv, first[2], "dv")
+        assert np.linalg.norm(dq - first[0]) <= ROUNDED * np.linalg.norm(first[0])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", [200, 4096])
+def test_sums_that_add_up_coherently_stay_finite(keys, head_dim):
+    """All scores are zero, and each key's gradient has the sign of the key, so that no two terms of dQ cancel."""
+    rng = np.random.default_rng(7)
+    signs = rng.choice([-1.0, 1.0], (1, keys, 1, 1))
+    k = jnp.asarray(4 * signs * np.ones((1, 1, 1, head_dim)), jnp.bfloat16)
+    u = rng.standard_normal((1, 1, 1, head_dim))
+    v, dout = jnp.asarray(signs * u, jnp.bfloat16), jnp.asarray(np.broadcast_to(u, (1, 70, 1, head_dim)), jnp.bfloat16)
+    q = jnp.zeros_like(dout)
+
+    def pulled(attend):
+        return np.asarray(jax.vjp(attend, q)[1](dout)[0], np.float32)
+
+    dq = pulled(lambda q: dot_product_attention(q, k, v, recipe="train8", implementation="cuda"))
+    with jax.default_matmul_precision("highest"):
+        exact = pulled(lambda q: jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype))
+    assert np.isfinite(dq).all()
+    assert relative_l2(dq, exact) < 0.08
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_keys_do_not_wear_the_sums_out(head_dim):
+    """dQ of 128 times as many additions is as accurate."""
+
+    def error(keys):
+        draw = jax.random.split(jax.random.key(5), 4)
+        shapes = [(1, n, 1, head_dim) for n in (256, keys, keys, 256)]
+        q, k, v, dout = (jax.random.normal(a, s).astype(jnp.bfloat16) for a, s in zip(draw, shapes, strict=True))
+        report = accuracy.compare(q, k, v, dout=dout, recipes=["train8"], implementation="cuda")
+        return report.errors["train8"]["dq"].rel_l2
+
+    assert error(65536) < 1.15 * error(512)
