@@ -28,7 +28,7 @@ using DkvBlock = std::conditional_t<kHeadDim == 64, GradientBlock<3, 32, 160>, G
 template <int kHeadDim_, bool kWithDq_>
 struct DkvConfig : DkvBlock<kHeadDim_> {
   using Block = DkvBlock<kHeadDim_>;
-  using Slot = GradientSlot<Block::kGroups>;
+  using Slot = GradientSlot<Block::kGroups, 2 * kHeadDim_>;  // factors of dK, of dV
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kWithDq = kWithDq_;
   // Registers and shared memory decide who computes dQ of a tile: at head dimension 64 one warpgroup, in turn, else all of
@@ -40,14 +40,14 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   // --------------------------------------------------------------------------- shared-memory map
   // K [128][kHeadDim] | V [128][kHeadDim] | with dQ: z, a tile [kHeadDim][64] of each warpgroup's keys
   //   | kStages × { Q | dO [64][kHeadDim], terms [64] } | kStages × { x | y [kHeadDim][64] }
-  //   | exact sums of dK and dV of each warp; outputs, and without dQ factors of channels
-  //   | with dQ: kCodesPlaces × { G [64][64] of each warpgroup's keys } | sums of dQ of each warp | factors of channels
+  //   | exact sums of dK and dV of each warp; outputs
+  //   | with dQ: kCodesPlaces × { G [64][64] of each warpgroup's keys } | sums of dQ of each warp
   //   | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kRowsLoaded = (kWithDq ? 3 : 2) * kRowsBytes;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kTermsBytes = kGradientTile * static_cast<int>(sizeof(QueryTerms));
-  static constexpr int kWarpBytes = 16 * kHeadDim * (kWithDq ? 2 : 4);  // of dK, and again of dV
+  static constexpr int kWarpBytes = 16 * kHeadDim * 2;  // of dK, and again of dV
   static constexpr int kWarps = 4 * Block::kGroups;
   static constexpr int kZAt = 2 * kRowsBytes;
   static constexpr int kScoresAt = kRowsLoaded;
@@ -60,18 +60,13 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kCodesBytes = Block::kGroups * kCodesTile;
   static constexpr int kStagedAt = kCodesAt + kCodesPlaces * kCodesBytes;
   static constexpr int kStagedBytes = 16 * kOutTileColumns * 2;  // of a warp
-  static constexpr int kFactorsAt = kStagedAt + (kWithDq ? kWarps * kStagedBytes : 0);
-  static constexpr int kFactorsBytes = 2 * kHeadDim * 4;  // of a warpgroup
-  static constexpr int kNotesAt = kFactorsAt + (kWithDq ? Block::kGroups * kFactorsBytes : 0);
+  static constexpr int kNotesAt = kStagedAt + (kWithDq ? kWarps * kStagedBytes : 0);
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount + kCodesPlaces);
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0, "what an sm_90 offers a block");
   static_assert(kScoresBytes % 1024 == 0 && kWarpsAt % 1024 == 0 && kCodesAt % 1024 == 0 && kStagedAt % 1024 == 0,
                 "tiles at multiples of 1024 bytes");
-  static_assert(kWithDq || kStages <= kExactTiles,
-                "a warp that runs ahead must not add up exact sums while others read the factors");
-  static_assert(kWithDq || kFactorsBytes <= kWarpBytes / 2, "the factors of the end fit beside a warp's outputs");
   static __device__ int scores_full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int scores_empty(int stage) { return scores_full(stage) + 8 * kStages; }
   static __device__ int sums_full(int stage) { return scores_full(stage) + 16 * kStages; }
@@ -79,9 +74,6 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static __device__ GradientBarriers barriers(uint32_t base) { return {base + kBarriersAt + 32 * kStages}; }
   static __device__ int codes_full(int place) {
     return kBarriersAt + 32 * kStages + 8 * GradientBarriers::kCount + 8 * place;
-  }
-  static __device__ int factors(int group) {
-    return kWithDq ? kFactorsAt + group * kFactorsBytes : kWarpsAt + group * 8 * kWarpBytes + kWarpBytes / 2;
   }
   static __device__ Slot& slot(unsigned char* shared, int turn) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];

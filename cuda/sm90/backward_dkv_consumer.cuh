@@ -100,8 +100,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::wgmma_commit_group();
     if (tiles > 0 && tiles % kExactTiles == 0) {
       if (tiles == kExactTiles) wait_for_sent_tiles();
-      add_exactly<kWithDq>(region, dk, tiles == kExactTiles);
-      add_exactly<kWithDq>(region + Config::kWarpBytes, dv, tiles == kExactTiles);
+      add_exactly(region, dk, tiles == kExactTiles);
+      add_exactly(region + Config::kWarpBytes, dv, tiles == kExactTiles);
     }
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(s);
@@ -152,9 +152,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::wgmma_fence();
     float dq[Part::kValues];  // of the tile before; of whatever lies there, if there is none
     if constexpr (kWithDq && !kInTurn) part.start(dq, made - 1);
-    const int go_on = kWithDq ? tiles > 0 : tiles % kExactTiles != 0;
-    multiply_gradients<kHeadDim>(dv, p_operand, sums, go_on);
-    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, go_on);
+    multiply_gradients<kHeadDim>(dv, p_operand, sums, tiles > 0);
+    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, tiles > 0);
     ptx::wgmma_commit_group();
     ++count;
     scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
@@ -197,28 +196,17 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   ++count;
 
   // --------------------------------------------------------------------------------------- epilogue
-  wait_for_sent_tiles();
-  collect<kWithDq>(region, dk, tiles > kExactTiles);
-  collect<kWithDq>(region + Config::kWarpBytes, dv, tiles > kExactTiles);
+  // What was sent before from where the exact sums lie has been read if sums of dQ have been staged since.
+  if (!kWithDq || tiles < (kInTurn ? Config::kGroups : 1)) wait_for_sent_tiles();
+  collect(region, dk, tiles > kExactTiles);
+  collect(region + Config::kWarpBytes, dv, tiles > kExactTiles);
   const AttentionShape& shape = p.shape;
   const auto& slot = Config::slot(shared, ptx::opaque(turn));
-  const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128, this_group = consumer / 128;
+  const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128;
   const int b = slot.b, head = slot.head, first_row = slot.row + consumer / kWarpSize * 16;
-  // What the sums of each channel have to be multiplied with, dK's and then dV's.
-  auto* const factors = reinterpret_cast<float*>(shared + Config::factors(this_group));
-  ptx::bar_sync(1 + this_group, 128);  // these have been read, and where they lie beside a warp's outputs, its sums
-#pragma unroll
-  for (int j = 0; j < 2 * kHeadDim / 128; ++j) {
-    const int i = 128 * j + consumer % 128;
-    const bool is_dk = i < kHeadDim;
-    const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + i % kHeadDim;
-    factors[i] = (is_dk ? p.scale : 1.0f) * (1.0f / 256.0f) * channel_scale(is_dk ? p.w.y_max : p.w.x_max, channel);
-  }
-  ptx::mbarrier_arrive(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
-  ptx::bar_sync(1 + this_group, 128);
-  const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factors, const CUtensorMap& map,
+  const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factor_of, const CUtensorMap& map,
                           bool tiled, void* out, Dtype dtype) {
-    const auto* const pairs = reinterpret_cast<const float2*>(factors) + static_cast<int>(ptx::opaque(threadIdx.x)) % 4;
+    const auto* const pairs = reinterpret_cast<const float2*>(factor_of) + static_cast<int>(ptx::opaque(threadIdx.x)) % 4;
     const auto outputs = [&](int n) {
       const float2 factor = pairs[4 * n];
       const FourOutputs y = FromArray<kHeadDim>{x}(n);
@@ -227,8 +215,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     store_gradients<kHeadDim>(map, tiled, sums, outputs, out, dtype, b, first_row, shape.keys, head, shape.kv_heads,
                               shape.head_dim);
   };
-  finish(dk, region, factors, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
-  finish(dv, region + Config::kWarpBytes, factors + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
+  finish(dk, region, slot.factor, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
+  finish(dv, region + Config::kWarpBytes, slot.factor + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
+  ptx::mbarrier_arrive(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
 }
 
 }  // namespace sage::sm90

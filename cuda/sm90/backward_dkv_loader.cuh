@@ -41,10 +41,10 @@ __device__ __forceinline__ void describe_keys(const DkvCall& call, typename Conf
     slot.kv_plane = kv_plane;
     slot.row = key;
   }
+  const int64_t channel = static_cast<int64_t>(kv_plane) * Config::kHeadDim;
+  describe_factors<Config::kHeadDim>(slot.factor, p.w.y_max + channel, p.scale * (1.0f / 256.0f));
+  describe_factors<Config::kHeadDim>(slot.factor + Config::kHeadDim, p.w.x_max + channel, 1.0f / 256.0f);
   __syncwarp();
-  const int64_t channel = static_cast<int64_t>(slot.kv_plane) * Config::kHeadDim;
-  fetch_early(reinterpret_cast<const float*>(p.w.x_max) + channel, Config::kHeadDim);  // for the end
-  fetch_early(reinterpret_cast<const float*>(p.w.y_max) + channel, Config::kHeadDim);
 }
 
 // What is remembered from one item to the next is little, and the slot has the rest: the loader has few registers.

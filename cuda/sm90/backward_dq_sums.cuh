@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_dq(const BackwardCall p
   const float unscaled = 1.0f / sum_factor(s.keys);
   float scale[8];
 #pragma unroll
-  for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max, channel + c) * unscaled;
+  for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max[channel + c]) * unscaled;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int query = first + kAtOnce * i;
