@@ -41,6 +41,7 @@ BUDGETS = (
     ("key_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("query_terms*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("finish_dq*", 64, "four blocks of 256 threads a multiprocessor"),
     ("combine_splits*", 80, "three blocks of 256 threads a multiprocessor"),
     ("fp4_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("fp4_write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
@@ -62,6 +63,8 @@ HANDED = {
     ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 128>"): TWO_CONSUMERS,
     ("90a", "backward_gradients<GradientsConfig 64>"): (128, {32, 56}, {152, 160}),
     ("90a", "backward_gradients<GradientsConfig 128>"): (168, {40, 56}, {224, 232}),
+    ("90a", "backward_at_once<AtOnceConfig 64>"): (128, {32}, {160}),
+    ("90a", "backward_at_once<AtOnceConfig 128>"): (168, {40}, {232}),
     ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): THREE_CONSUMERS,
     ("120a", "attention_fwd_fp4<ForwardConfig 128 12>"): THREE_CONSUMERS,
 }
@@ -135,7 +138,8 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
     name, arch = kernel.name, int(re.match(r"\d+", kernel.arch)[0])
     if kernel.warpgroups:
         values = "HGMMA" if "HalfValues" in name else "QGMMA"
-        return [
+        added = [("UTMAREDG", "sums of dQ, added to memory by the copy engine")] if "at_once" in name else []
+        return added + [
             ("IGMMA", "INT8 products"),
             (values, "floating products"),
             ("UTMALDG", "tensor copies"),
@@ -262,7 +266,7 @@ def violations(kernels: list[Kernel]) -> list[str]:
 
 OPCODE = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?"
-    r"(IMMA|QMMA|OMMA|HMMA|IGMMA|QGMMA|HGMMA|WARPGROUP\.\w+|UTMALDG|USETMAXREG|LDSM|LDGSTS|STL|LDL|MUFU|ACQBULK)\b"
+    r"(IMMA|QMMA|OMMA|HMMA|IGMMA|QGMMA|HGMMA|WARPGROUP\.\w+|UTMALDG|UTMAREDG|USETMAXREG|LDSM|LDGSTS|STL|LDL|MUFU|ACQBULK)\b"
 )
 MOVED = re.compile(r"USETMAXREG\.(DEALLOC|TRY_ALLOC)\S*\s+(?:UP\w+,\s*)?(0x[0-9a-f]+)")
 

@@ -38,6 +38,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
+template <int kHeadDim>
+struct AtOnceConfig : DkvConfig<kHeadDim, true> {};
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_at_once(const __grid_constant__ DkvCall call) {
   extern __shared__ __align__(1024) unsigned char tiles_first[];
@@ -96,8 +99,8 @@ const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
   if (error != nullptr) return error;
   if (p.adds_dq) {
-    return p.shape.padded_dim == 64 ? sm90::launch_at_once<sm90::DkvConfig<64, true>>(p, stream)
-                                    : sm90::launch_at_once<sm90::DkvConfig<128, true>>(p, stream);
+    return p.shape.padded_dim == 64 ? sm90::launch_at_once<sm90::AtOnceConfig<64>>(p, stream)
+                                    : sm90::launch_at_once<sm90::AtOnceConfig<128>>(p, stream);
   }
   return p.shape.padded_dim == 64 ? sm90::launch_gradients<sm90::GradientsConfig<64>>(p, stream)
                                   : sm90::launch_gradients<sm90::GradientsConfig<128>>(p, stream);
