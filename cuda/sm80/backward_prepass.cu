@@ -1,7 +1,7 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
 //   clear_maxima      zeroes the maxima, and how many rows are taken                (train8)
-//   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8); clears dQ where it is added up
-//   query_terms       per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
+//   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
+//   query_terms       clears dQ where it is added up; per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
 //   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter.
 //
@@ -82,18 +82,6 @@ struct LargestCodes {
   }
 };
 
-// This block's share of dQ, which is going to be added up (sm90/backward_dq_sums.cuh), becomes zero. Beside loads that are
-// waited for, these stores cost little.
-template <int kThreads>
-__device__ __forceinline__ void clear_dq(const BackwardCall& p) {
-  const AttentionShape& s = p.shape;
-  const int64_t pieces = static_cast<int64_t>(s.batch) * s.queries * s.heads * s.head_dim / 8;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < pieces;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    static_cast<uint4*>(p.dq)[i] = make_uint4(0, 0, 0, 0);
-  }
-}
-
 template <int kHeadDim>
 __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(const BackwardCall p) {
   using Rows = RowBlock<kHeadDim>;
@@ -159,7 +147,6 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) key_statistics(c
       norm_max = fmaxf(norm_max, norm<Rows::kThreadsPerToken>(x, top));
     }
   }
-  if (p.adds_dq) clear_dq<Rows::kThreads>(p);
   norm_max = block_max<Rows::kThreads>(norm_max, norms);
   if (threadIdx.x == 0) atomicMax(p.w.v_max + at.plane, float_bits(norm_max));
   store_maxima<kHeadDim>(channel_max, largest, p.w.z_max + at.plane * kHeadDim);
@@ -223,6 +210,9 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
       if (query >= s.queries) continue;
       d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
       out[i].load(p.out, p.out_dtype, head_at + query * stride, channel, s.head_dim);
+      if (kTrain8 && p.adds_dq) {  // sm90/backward_dq_sums.cuh
+        static_cast<uint4*>(p.dq)[(head_at + query * stride + channel) / 8] = make_uint4(0, 0, 0, 0);
+      }
       q[i] = load_codes(p.q8 + row * kHeadDim + channel);
     }
 #pragma unroll

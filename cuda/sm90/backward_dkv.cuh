@@ -40,7 +40,7 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
     if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    DkvProgress progress;
+    DkvProgress progress = {0, DqPart<Config>::kFirst};
     take_turns<Config>(shared, [&](int turn) { compute_dkv<Config>(call, shared, group - 1, turn, progress); });
   }
 }

@@ -33,8 +33,8 @@ __device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOff
 
 // What a consumer warp remembers from one block of rows to the next.
 struct DkvProgress {
-  uint32_t notes = 0;  // so far
-  uint32_t tiles = 0;  // of G so far: the number of the next
+  uint32_t notes;  // so far
+  uint32_t tiles;  // of G: the number of the next
 };
 
 // dK and dV of the rows of the slot of `turn`, and their share of dQ.
@@ -72,7 +72,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     const uint32_t phase = count / Config::kStages % 2;
     if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
     uint32_t codes_there = 0;
-    if (kInTurn && made >= Part::kLate) codes_there = part.ask(made - Part::kLate);
+    if (kInTurn && made >= Part::kFirst + Part::kLate) codes_there = part.ask(made - Part::kLate);
     const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
     const uint32_t flags = from_lane_0(note.flags);
     QueryTile tile = {};
@@ -91,7 +91,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
     if constexpr (kInTurn) {
       const uint32_t n = made - Part::kLate;
-      if (made >= Part::kLate && !codes_there) part.wait(n);
+      if (made >= Part::kFirst + Part::kLate && !codes_there) part.wait(n);
       if (tiles >= Part::kLate && part.takes(n)) part.add(n, before[Part::kLate - 1], batch);
     }
     ptx::wgmma_fence();
@@ -109,7 +109,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
     const auto* const terms =
         reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
-    if (kWithDq && !kInTurn && made > 0) codes_there = part.ask(made - 1);
+    if (kWithDq && !kInTurn && made > Part::kFirst) codes_there = part.ask(made - 1);
     uint32_t sums_there = 0;
 #pragma unroll
     for (int c = 0; c < kGradientValues / 8; ++c) {
@@ -144,9 +144,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       hide_codes(g_operand, seen);
     }
     release(base + Config::scores_empty(stage));
-    if (kWithDq && !kInTurn && made > 0 && !codes_there) part.wait(made - 1);
+    if (kWithDq && !kInTurn && made > Part::kFirst && !codes_there) part.wait(made - 1);
     if (!sums_there) ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
     const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
+    uint32_t pairs[kGradientRegisters];
+    if constexpr (kWithDq) pair_keys(pairs, g_operand);
     ptx::keep_in_registers(p_operand);
     ptx::keep_in_registers(g_operand);
     ptx::wgmma_fence();
@@ -158,7 +160,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ++count;
     scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
     if constexpr (kWithDq) {
-      part.store(made, g_operand);
+      part.store(made, pairs);
       if constexpr (!kInTurn) {
         part.wait_for_staged();
         ptx::wgmma_wait_group<1>();

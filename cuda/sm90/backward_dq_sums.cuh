@@ -17,25 +17,32 @@
 
 namespace sage::sm90 {
 
-// What keeps sums finite in 16 bits. Σ|g| of a row is at most 256·√H·l, for |dP − D| is at most r·√H, l at most the number
-// of keys, and codes of z at most 448: with 128 channels and codes of g rounded up by 1/16, 2^20.4 a key.
+// What keeps sums finite in 16 bits: a code is at most 448, so a key adds 448² at most, and rounding to nearest never more than
+// doubles a sum of magnitudes, whatever the order: 2 · 448² / 8 = 50176.
 SAGE_HOST_DEVICE float sum_factor(int keys) {
-  float factor = 0x1p-5f;
+  float factor = 0x1p-3f;
   for (int64_t most = 1; most < keys; most *= 2) factor *= 0.5f;
   return factor;
 }
 
-// Writes the codes of a warp's 16 keys to its warpgroup's tile of G, [64 queries][64 keys]: keys g and g + 8 side by side,
-// the order in which `z` has them then.
-__device__ __forceinline__ void store_codes(uint32_t tile, const uint32_t (&g)[kGradientRegisters]) {
+// The codes of a warp's 16 keys as they are written: keys g and g + 8 side by side, the order in which `z` has them then.
+__device__ __forceinline__ void pair_keys(uint32_t (&pairs)[kGradientRegisters], const uint32_t (&g)[kGradientRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kGradientRegisters; i += 2) {
+    pairs[i] = ptx::prmt(g[i], g[i + 1], 0x5140);
+    pairs[i + 1] = ptx::prmt(g[i], g[i + 1], 0x7362);
+  }
+  ptx::keep_in_registers(pairs);  // before products have g as their operand: then nobody else may read it
+}
+
+// Writes them to their warpgroup's tile of G, [64 queries][64 keys].
+__device__ __forceinline__ void store_codes(uint32_t tile, const uint32_t (&pairs)[kGradientRegisters]) {
   using Tile = SharedTile<kGradientTile, 64>;
   const int thread = static_cast<int>(ptx::opaque(threadIdx.x)), lane = thread % kWarpSize;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint32_t* const x = g + 4 * half;
-    ptx::stmatrix_x4_transposed(tile + Tile::offset(32 * half + lane, thread / kWarpSize % 4), ptx::prmt(x[0], x[1], 0x5140),
-                                ptx::prmt(x[0], x[1], 0x7362), ptx::prmt(x[2], x[3], 0x5140),
-                                ptx::prmt(x[2], x[3], 0x7362));
+    const uint32_t* const x = pairs + 4 * half;
+    ptx::stmatrix_x4_transposed(tile + Tile::offset(32 * half + lane, thread / kWarpSize % 4), x[0], x[1], x[2], x[3]);
   }
 }
 
@@ -65,6 +72,7 @@ template <class Config>
 struct DqPart {
   static constexpr int kPlaces = Config::kWithDq ? Config::kCodesPlaces : 1, kLate = Config::kInTurn ? 2 : 1;
   static_assert(!Config::kWithDq || kPlaces >= 2 * kLate, "codes are not written over before they have been read");
+  static constexpr uint32_t kFirst = 2 * kPlaces;  // the first tile's number: barriers begin anew, and there is one before it
   static constexpr int kValues = kOutTileColumns / 2;  // of a thread
   const CUtensorMap& map;
   float factor;
@@ -92,8 +100,8 @@ struct DqPart {
     return !Config::kInTurn || static_cast<int>(n % Config::kGroups) == group;
   }
 
-  __device__ __forceinline__ void store(uint32_t n, const uint32_t (&g)[kGradientRegisters]) const {
-    store_codes(codes(n) + group * Config::kCodesTile, g);
+  __device__ __forceinline__ void store(uint32_t n, const uint32_t (&pairs)[kGradientRegisters]) const {
+    store_codes(codes(n) + group * Config::kCodesTile, pairs);
   }
   // The product of tile n, a group of its own.
   __device__ __forceinline__ void start(float (&sums)[kValues], uint32_t n) const {
