@@ -128,11 +128,15 @@ def test_sums_that_add_up_coherently_stay_finite(cosine, keys, head_dim):
 
     at_once, apart = dq(False), dq(True)
     assert np.isfinite(at_once).all() and np.isfinite(apart).all() and apart.all()
-    assert relative_l2(at_once, apart) < ROUNDED
+    # All values are the same one, and all terms: what rounds, rounds the same way everywhere. bfloat16 2^-8 on either side;
+    # the matrix unit, whose sums are cut off, .01; the n-th of n additions in 16 bits by 2^-12·n of a term, of all of them
+    # together 2^-13·n·(1 + 1/4 + 1/16 + …).
+    additions = keys / 128
+    assert relative_l2(at_once, apart) < 2**-7 + 0.01 + 4 / 3 * additions / 2**13
     if cosine < 1:
         with host():
             exact = accuracy.exact(*map(np.asarray, (jnp.zeros_like(dout), k, v, dout)))["dq"]
-        assert relative_l2(at_once, exact) < 0.08
+        assert relative_l2(at_once, exact) < 0.08 + 4 / 3 * additions / 2**13
         assert relative_l2(apart, exact) < 0.08
 
 
