@@ -165,8 +165,8 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 }
 
 ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           int32_t backward, int32_t dp, int32_t exact_delta, float scale,
-                           int64_t window_left, int64_t window_right) {
+                           int32_t backward, int32_t dp, int32_t exact_delta, int32_t /*deterministic*/, float scale,
+                           int64_t window_left, int64_t window_right) {  // sums have one order in any case
   Buffers io("sage_jax_attend_backward", args, rets, 18, 4);
   AttendBackward p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
@@ -361,6 +361,7 @@ XLA_FFI_Error* attend_backward_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<int32_t>("backward")
                              .Attr<int32_t>("dp")
                              .Attr<int32_t>("exact_delta")
+                             .Attr<int32_t>("deterministic")
                              .Attr<float>("scale")
                              .Attr<int64_t>("window_left")
                              .Attr<int64_t>("window_right")

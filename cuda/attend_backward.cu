@@ -16,7 +16,8 @@ size_t backward_workspace_bytes(const BackwardParams& params) {
 }
 
 const char* attend_backward(const BackwardParams& params, Stream stream) {
-  const BackwardCall p(params);
+  const int architecture = device_architecture();
+  const BackwardCall p(params, architecture / 10 == 9 && adds_dq_sm90(params));
   const AttentionShape& s = p.shape;
   constexpr int kMostSplits = 4;  // blocks that share a tile and split its channels
   const int64_t blocks = static_cast<int64_t>(s.batch) * kMostSplits *
@@ -29,7 +30,6 @@ const char* attend_backward(const BackwardParams& params, Stream stream) {
   if (error == nullptr) error = prepare_backward(p, stream);
   if (error != nullptr) return error;
   if (p.backward == Backward::kSageBwd) return sagebwd_gradients_sm80(p, stream);
-  const int architecture = device_architecture();
   if (architecture / 10 == 9) return train8_gradients_sm90(p, stream);
   error = architecture >= 89 ? train8_gradients_sm89(p, stream) : train8_gradients_sm80(p, stream);
   // A build without sm_89's own kernels may still hold sm_80's, which run there.

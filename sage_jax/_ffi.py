@@ -82,6 +82,7 @@ class Settings:
       dtype: of query, key, value, out and their gradients.
       implementation: "cpu" | "cuda" | "reference", or None: chosen by platform.
       for_backward: also quantize V for the backward pass.
+      deterministic: gradients repeat bit for bit.
     """
 
     recipe: Recipe
@@ -92,6 +93,7 @@ class Settings:
     dtype: np.dtype
     implementation: str | None = None
     for_backward: bool = False
+    deterministic: bool = False
 
     @property
     def dp(self) -> str | None:
@@ -216,6 +218,7 @@ def _attributes(name, settings: Settings):
             "backward": i32(recipe.backward_code),
             "dp": i32(recipe.dp_code),
             "exact_delta": i32(recipe.delta == "exact"),
+            "deterministic": i32(settings.deterministic),
             **scale,
             **window,
         },

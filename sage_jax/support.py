@@ -133,6 +133,7 @@ def plan(
         head_dim=H,
         dtype=np.dtype(jnp.float32) if fold_scale else dtype,
         implementation=implementation,
+        deterministic=bool(deterministic),
     )
     return Plan(settings, chosen or recipes.DEFAULT_INFERENCE, fold_scale)
 

@@ -113,6 +113,7 @@ def attend_backward(
         backward=np.int32(BACKWARD[backward]),
         dp=np.int32(DP[dp]),
         exact_delta=np.int32(exact_delta),
+        deterministic=np.int32(0),
         scale=np.float32(scale),
         window_left=np.int64(window_left),
         window_right=np.int64(window_right),

@@ -13,6 +13,7 @@ import pytest
 from metrics import relative_l2
 
 import sage_jax
+import sage_jax.flax
 from sage_jax import _ffi, _workspace
 
 attend = functools.partial(sage_jax.dot_product_attention, is_causal=True)
@@ -132,6 +133,19 @@ def test_symbolic_batch():
         jax.jit(functools.partial(attend, implementation="reference")), disabled_checks=ALLOWED
     )(*types)
     assert relative_l2(exported.call(*x), attend(*x, implementation="reference")) < 1e-6
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_wish_for_gradients_that_repeat_reaches_the_kernels(asked):
+    by_flax = sage_jax.flax.attention_fn(deterministic_gradients=asked)
+    calls = (
+        functools.partial(gradients, deterministic=asked),
+        jax.grad(lambda *x: jnp.sum(by_flax(*x)), (0, 1, 2)),
+    )
+    for call in calls:
+        text = cuda_text(call, *inputs(jnp.bfloat16))
+        backward = next(x for x in text.splitlines() if "@sage_jax_attend_backward(" in x)
+        assert f"deterministic = {int(asked)} : i32" in backward
 
 
 def test_bias_is_refused_where_a_cuda_program_is_made():

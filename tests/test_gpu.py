@@ -443,7 +443,7 @@ def test_tiny_and_huge_values_keep_their_relative_accuracy(magnitude):
 
 
 @pytest.mark.parametrize("recipe", [*WIDELY_TESTED, PRESETS["sage2pp"], *OTHERS[:2]], ids=by_name)
-@pytest.mark.parametrize("head_dim", [40, 128, 200])
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 200])
 def test_small_problems_for_the_sanitizer(recipe, head_dim):
     """Every kernel once, ragged and masked, small enough to run under compute-sanitizer."""
     case = Case(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from metrics import assert_same_bits
+from metrics import assert_same_bits, relative_l2
 
 import sage_jax
 from sage_jax import _ffi
@@ -20,6 +20,8 @@ from sage_jax.recipe import PRESETS, Recipe
 pytestmark = pytest.mark.gpu
 
 RECIPES = [PRESETS["train8"], PRESETS["sagebwd"], PRESETS["train8"].replace(delta="exact")]
+# and whether gradients have to repeat bit for bit; else dq may not
+WAYS = [(recipe, True) for recipe in RECIPES] + [(RECIPES[0], False), (RECIPES[2], False)]
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -29,14 +31,15 @@ def inputs(seed=0, batch=2, tokens=333, heads=4, kv_heads=2, head_dim=64, dtype=
     return [jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
 
 
-def step(recipe):
+def step(recipe, deterministic=True):
     """(q, k, v, dout) -> out, lse, dq, dk, dv on the CUDA kernels."""
 
     def run(q, k, v, dout):
         def attend(q, k, v):
             return sage_jax.dot_product_attention(
-                q, k, v, is_causal=True, recipe=recipe, implementation="cuda", return_residual=True
-            )
+                q, k, v, is_causal=True, recipe=recipe, implementation="cuda", return_residual=True,
+                deterministic=deterministic,
+            )  # fmt: skip
 
         (out, lse), pull = jax.vjp(attend, q, k, v)
         return out, lse, *pull((dout, jnp.cos(lse)))
@@ -44,59 +47,66 @@ def step(recipe):
     return run
 
 
-def assert_all_same(actual, expected):
+def assert_all_same(actual, expected, deterministic=True):
     for name, x, y in zip(TENSORS, jax.device_get(actual), jax.device_get(expected), strict=True):
-        assert_same_bits(x, y, name)
+        if name == "dq" and not deterministic:  # sums of 16 bits in any order, then rounded to bfloat16
+            assert relative_l2(np.asarray(x, np.float32), np.asarray(y, np.float32)) < 6e-3
+        else:
+            assert_same_bits(x, y, name)
 
 
-by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+both_ways = pytest.mark.parametrize(
+    "recipe, deterministic",
+    WAYS,
+    ids=lambda x: x.name if isinstance(x, Recipe) else "deterministic" if x else "any order",
+)
 
 
-@by_name
-def test_repeated_runs_agree_in_every_bit(recipe):
-    run, data = jax.jit(step(recipe)), inputs(tokens=1500)
+@both_ways
+def test_repeated_runs_agree(recipe, deterministic):
+    run, data = jax.jit(step(recipe, deterministic)), inputs(tokens=1500)
     first = jax.device_get(run(*data))
     for _ in range(5):
-        assert_all_same(run(*data), first)
+        assert_all_same(run(*data), first, deterministic)
 
 
-@by_name
-def test_eager_and_compiled_calls_agree_for_changing_inputs(recipe):
-    eager, compiled = step(recipe), jax.jit(step(recipe))
+@both_ways
+def test_eager_and_compiled_calls_agree_for_changing_inputs(recipe, deterministic):
+    eager, compiled = step(recipe, deterministic), jax.jit(step(recipe, deterministic))
     for seed in range(4):
         data = inputs(seed)
-        assert_all_same(compiled(*data), eager(*data))
+        assert_all_same(compiled(*data), eager(*data), deterministic)
 
 
-@by_name
-def test_results_do_not_depend_on_what_memory_held(recipe):
+@both_ways
+def test_results_do_not_depend_on_what_memory_held(recipe, deterministic):
     """Outputs and workspaces come uninitialised; here they held NaNs (all bits set) before."""
-    run, data = jax.jit(step(recipe)), inputs()
+    run, data = jax.jit(step(recipe, deterministic)), inputs()
     clean = jax.device_get(run(*data))
     for _ in range(3):
         dirt = [jnp.full((n,), -1, jnp.int32) for n in (2**k for k in range(10, 25))]
         jax.block_until_ready(dirt)
         for x in dirt:
             x.delete()
-        assert_all_same(run(*data), clean)
+        assert_all_same(run(*data), clean, deterministic)
 
 
-@by_name
-def test_results_written_into_donated_nan_buffers(recipe):
+@both_ways
+def test_results_written_into_donated_nan_buffers(recipe, deterministic):
     data = inputs()
-    clean = jax.device_get(jax.jit(step(recipe))(*data))
+    clean = jax.device_get(jax.jit(step(recipe, deterministic))(*data))
     nan = [jnp.full(x.shape, jnp.nan, x.dtype) for x in clean]
-    into = jax.jit(lambda buffers, *data: step(recipe)(*data), donate_argnums=0, keep_unused=True)
+    into = jax.jit(lambda buffers, *data: step(recipe, deterministic)(*data), donate_argnums=0, keep_unused=True)
     results = into(nan, *data)
     assert all(x.is_deleted() for x in nan)  # every result took the place of a donated buffer
-    assert_all_same(results, clean)
+    assert_all_same(results, clean, deterministic)
 
 
-@by_name
-def test_inputs_are_not_modified(recipe):
+@both_ways
+def test_inputs_are_not_modified(recipe, deterministic):
     data = inputs()
     before = jax.device_get(data)
-    jax.block_until_ready(jax.jit(step(recipe))(*data))
+    jax.block_until_ready(jax.jit(step(recipe, deterministic))(*data))
     for x, y in zip(jax.device_get(data), before, strict=True):
         assert_same_bits(x, y)
 
@@ -131,6 +141,11 @@ for recipe in RECIPES:
         results = jax.device_get(run(*inputs(seed, kv_heads=4)))
         digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in results))
         print(recipe.name, seed, digest.hexdigest())
+run = jax.jit(step(RECIPES[0], deterministic=False))
+for seed in (0, 1, 2, 0, 3, 1, 0):
+    out, lse, _, dk, dv = run(*inputs(seed))
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in (out, lse, dk, dv)))
+    print("any order", seed, digest.hexdigest())
 """
 
 
@@ -153,7 +168,7 @@ def test_replayed_command_buffers_follow_their_inputs():
     for line in captured:
         recipe, seed, digest = line.rsplit(" ", 2)
         assert by_input.setdefault((recipe, seed), digest) == digest, "a replay kept old inputs"
-    assert len(set(by_input.values())) == len(RECIPES) * 4
+    assert len(set(by_input.values())) == (len(RECIPES) + 1) * 4
 
 
 def test_memory_is_linear_in_the_length():

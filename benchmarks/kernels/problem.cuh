@@ -229,10 +229,10 @@ struct Gradients {
   }
 
   BackwardParams params(const Problem& x, const Problem::Result& forward, bool portable, bool exact,
-                        Dtype dtype) {
+                        Dtype dtype, bool deterministic) {
     BackwardParams p = {};
     p.shape = x.shape, p.masks = x.masks, p.backward = Backward::kTrain8, p.dp = DpFormat::kInt8;
-    p.exact_delta = exact, p.scale = x.scale, p.portable = portable;
+    p.exact_delta = exact, p.scale = x.scale, p.portable = portable, p.deterministic = deterministic;
     p.q8 = x.q8.data, p.q_scale = x.q_scale.data, p.k8 = x.k8.data, p.k_scale = x.k_scale.data;
     p.k_mean = x.k_mean.data, p.v_dp = x.v_dp.data, p.v_dp_scale = x.v_dp_scale.data;
     p.v_mean = x.v_mean.data;
@@ -285,7 +285,7 @@ struct Options {
   std::vector<int> seq = {16384, 4096, 1024}, dim = {128, 64};
   PvFormat pv = PvFormat::kE4m3;
   int tokens = 16384, channels = 2048, problems = 200, first = 0;
-  bool portable = false, backward = false;
+  bool portable = false, backward = false, deterministic = false;
   unsigned seed = 1;
 };
 

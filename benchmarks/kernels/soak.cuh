@@ -15,6 +15,18 @@ struct Random {
   bool coin(int odds = 2) { return below(odds) == 0; }
 };
 
+// bf16 values at the start of a buffer to floats.
+inline void widen(Buffer<float>& x) {
+  std::vector<float> values = x.download();
+  const auto* const from = reinterpret_cast<const uint16_t*>(values.data());
+  std::vector<float> wide(values.size());
+  for (size_t i = 0; i < wide.size(); ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    memcpy(&wide[i], &bits, 4);
+  }
+  x.upload(wide);
+}
+
 inline int soak(const Options& o) {
   int failures = 0;
   double worst = 0, worst_gradient = 0;
@@ -115,14 +127,20 @@ inline int soak(const Options& o) {
     bool good_gradients = true;
     if (gradients) {
       Gradients mine(p, o.seed + 7u), theirs(p, o.seed + 7u);
-      const bool exact = random.coin(4);
+      const bool exact = random.coin(4), deterministic = random.coin(3);
+      const Dtype dtype = random.coin(4) ? Dtype::kF32 : Dtype::kBf16;
       for (Gradients* g : {&mine, &theirs}) {
         AttendParams forward = p.params(portable, Dtype::kBf16, true);
         forward.out = g->out.data;
         check(attend(forward, nullptr));
-        check(attend_backward(g->params(p, portable, g == &theirs, exact, Dtype::kF32), nullptr));
+        check(attend_backward(g->params(p, portable, g == &theirs, exact, dtype, deterministic), nullptr));
       }
       check(cudaDeviceSynchronize(), "attend_backward");
+      if (dtype == Dtype::kBf16) {
+        for (Gradients* g : {&mine, &theirs}) {
+          for (auto* x : {&g->dq, &g->dk, &g->dv}) widen(*x);
+        }
+      }
       // A gradient that is zero, as of a row that sees one key, is zero to rounding only.
       const double floor = 1e-3;
       const Difference dq = compare(mine.dq, theirs.dq, floor);

@@ -104,7 +104,8 @@ struct BackwardParams {
   DpFormat dp;
   bool exact_delta;
   float scale;
-  bool portable;  // take warp-level kernels, to compare with
+  bool deterministic;  // sums have one order
+  bool portable;       // take warp-level kernels, to compare with
   const int8_t* q8;         // [B, N, T, Hp]
   const float* q_scale;     // [B, N, T]
   const int8_t* k8;         // [B, K, S, Hp]

@@ -17,6 +17,7 @@ struct TensorMapSpec {
   int element_bytes;  // 1 or 2
   int64_t columns, rows, planes;
   int box_columns, box_rows;
+  bool half_floats = false;  // entries are f16: the copy engine adds them up
 };
 
 // Fills `map`; null, or one sentence on what went wrong.
@@ -39,8 +40,9 @@ inline const char* encode_tensor_map(CUtensorMap& map, const TensorMapSpec& t) {
   const cuuint32_t box[3] = {static_cast<cuuint32_t>(t.box_columns),
                              static_cast<cuuint32_t>(t.box_rows), 1};
   const cuuint32_t steps[3] = {1, 1, 1};
-  const auto type = t.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16  // bits are bits
-                                         : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const auto type = t.half_floats          ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                    : t.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_UINT16  // bits are bits
+                                           : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   const int box_bytes = t.box_columns * t.element_bytes;
   const auto swizzle = box_bytes == 32   ? CU_TENSOR_MAP_SWIZZLE_32B
                        : box_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B

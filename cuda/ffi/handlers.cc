@@ -165,8 +165,8 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
                                    Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg v_mean, Arg m, Arg l,
                                    Arg out, Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg,
                                    Arg mask, Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
-                                   int32_t backward, int32_t dp, int32_t exact_delta, float scale,
-                                   int64_t window_left, int64_t window_right) {
+                                   int32_t backward, int32_t dp, int32_t exact_delta,
+                                   int32_t deterministic, float scale, int64_t window_left, int64_t window_right) {
   Check check("sage_jax_attend_backward");
   check.require(backward == 0 || backward == 1, "backward must be 0 (train8) or 1 (sagebwd)");
   check.require(dp == 2 || (dp == 1 && backward == 0),
@@ -196,6 +196,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   params.backward = static_cast<Backward>(backward);
   params.dp = static_cast<DpFormat>(dp);
   params.exact_delta = exact_delta != 0;
+  params.deterministic = deterministic != 0;
   params.scale = scale;
   params.q8 = data<const int8_t>(q8);
   params.q_scale = data<const float>(q_scale);
@@ -255,6 +256,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendBackwardCuda, sage::attend_backward_hand
                                    .Attr<int32_t>("backward")
                                    .Attr<int32_t>("dp")
                                    .Attr<int32_t>("exact_delta")
+                                   .Attr<int32_t>("deterministic")
                                    .Attr<float>("scale")
                                    .Attr<int64_t>("window_left")
                                    .Attr<int64_t>("window_right")),

@@ -21,6 +21,15 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
 
+// Without a branch.
+__device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool counts) {
+  asm volatile(
+      "{ .reg .pred p; .reg .b64 state; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(
+          barrier),
+      "r"(static_cast<int>(counts))
+      : "memory");
+}
+
 // Arrives, and makes the phase wait for `bytes` of copies as well.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
@@ -37,6 +46,21 @@ __device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t ph
       : "r"(barrier), "r"(phase)
       : "memory");
   return done != 0;
+}
+
+// The same, without insisting: the answer may come late, and be no.
+__device__ __forceinline__ uint32_t mbarrier_try_wait(uint32_t barrier, uint32_t phase) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(phase)
+      : "memory");
+  return done;
+#else
+  return mbarrier_test_wait(barrier, phase);
+#endif
 }
 
 // Waits until it is. The hint, in nanoseconds, lets the hardware suspend the thread: without it the

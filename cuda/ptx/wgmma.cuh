@@ -109,6 +109,18 @@ __device__ __forceinline__ void wgmma_m64k32_f32_e4m3(int (&bits)[64], uint64_t 
       : "l"(a), "l"(b), "r"(0));
 }
 
+// e4m3, both in shared memory. The sum keeps about 14 bits.
+
+__device__ __forceinline__ void wgmma_m64k32_f32_e4m3(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, p, 1, 1; }"
+      : SAGE_D32("+f", d)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
 // A in registers, B in shared memory, K-major. The sum keeps about 14 bits.
 
 __device__ __forceinline__ void wgmma_m64k32_f32_e4m3(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {

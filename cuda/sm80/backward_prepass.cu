@@ -1,7 +1,7 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
 //   clear_maxima      zeroes the maxima, and how many rows are taken                (train8)
 //   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
-//   query_terms       per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
+//   query_terms       clears dQ where it is added up; per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
 //   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter.
 //
@@ -26,17 +26,6 @@ using namespace prepass;
 constexpr int kTilesPerBlock = 4;  // of the launches that take maxima: each ends in atomics
 constexpr int kClearThreads = 256;
 constexpr float kSmallestR = 0x1p-100f;  // below, 1/r could overflow: such rows carry no gradient
-
-// Blocks of query_terms that a multiprocessor is to hold. Three fit where 80 registers are enough: for 16-bit
-// tensors, in whole pieces, and not on sm_80 and sm_89, for which ptxas needs a few more.
-#if __CUDA_ARCH__ >= 900
-inline constexpr bool kRegistersSuffice = true;
-#else
-inline constexpr bool kRegistersSuffice = false;
-#endif
-template <int kHeadDim, class Piece>
-inline constexpr int kTermsBlocks =
-    kRegistersSuffice && sizeof(Piece) == 16 && kHeadDim < 256 ? 384 / kHeadDim : 1;
 
 // The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory.
 template <int kHeadDim>
@@ -68,9 +57,8 @@ __device__ __forceinline__ float norm(const float (&x)[kChannels], float largest
 
 __global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall p) {
   const BackwardWorkspace& w = p.w;
-  const int64_t heads = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kClearThreads + threadIdx.x;
-  if (i < 3 * heads * p.shape.padded_dim + heads + 2) w.x_max[i] = 0;  // maxima, and what is taken
+  if (i < w.taken + 2 - w.x_max) w.x_max[i] = 0;  // maxima, and what is taken
 }
 
 // The largest magnitudes of eight channels' codes over some tokens, in pairs of 16 bits: channels 0 and 2, 1 and 3, 4
@@ -222,6 +210,9 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim, Piece>)
       if (query >= s.queries) continue;
       d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
       out[i].load(p.out, p.out_dtype, head_at + query * stride, channel, s.head_dim);
+      if (kTrain8 && p.adds_dq) {  // sm90/backward_dq_sums.cuh
+        static_cast<uint4*>(p.dq)[(head_at + query * stride + channel) / 8] = make_uint4(0, 0, 0, 0);
+      }
       q[i] = load_codes(p.q8 + row * kHeadDim + channel);
     }
 #pragma unroll
@@ -306,7 +297,7 @@ const char* start(const BackwardCall& p, Stream stream) {
     return static_cast<unsigned>((tiles + per_block - 1) / per_block) * heads * batch;
   };
   const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
-  const int64_t maxima = static_cast<int64_t>(s.batch) * s.kv_heads * (3 * s.padded_dim + 1) + 2;
+  const int64_t maxima = p.w.taken + 2 - p.w.x_max;
   const char* error = nullptr;
   const auto run = [&](void (*kernel)(BackwardCall), unsigned count, int threads) {
     if (error == nullptr) error = launch(kernel, count, threads, 0, stream, p);

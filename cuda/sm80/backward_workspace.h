@@ -77,8 +77,9 @@ SAGE_HOST_DEVICE BackwardWorkspace backward_workspace(const BackwardParams& p) {
 // pointers cost no registers.
 struct BackwardCall : BackwardParams {
   BackwardWorkspace w;
-  explicit BackwardCall(const BackwardParams& params)
-      : BackwardParams(params), w(backward_workspace(params)) {}
+  bool adds_dq;  // dQ comes beside dK and dV (sm90/backward_dq_sums.cuh), and the keys of z in the order for that
+  explicit BackwardCall(const BackwardParams& params, bool adds_dq = false)
+      : BackwardParams(params), w(backward_workspace(params)), adds_dq(adds_dq) {}
 };
 
 }  // namespace sage

@@ -12,6 +12,20 @@ namespace sage::prepass {
 inline constexpr int kTile = 64;  // tokens at once
 inline constexpr int kPerThread = kTile / 16;
 
+// Blocks that a multiprocessor is to hold. Three of query_terms, four of gradient_operands fit where 80 and 64 registers are
+// enough: for 16-bit tensors, in whole pieces, and not on sm_80 and sm_89, for which ptxas needs a few more.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kRegistersSuffice = true;
+#else
+inline constexpr bool kRegistersSuffice = false;
+#endif
+template <int kHeadDim, class Piece>
+inline constexpr bool kFewRegisters = kRegistersSuffice && sizeof(Piece) == 16 && kHeadDim < 256;
+template <int kHeadDim, class Piece>
+inline constexpr int kTermsBlocks = kFewRegisters<kHeadDim, Piece> ? 384 / kHeadDim : 1;
+template <int kHeadDim, class Piece>
+inline constexpr int kOperandsBlocks = kFewRegisters<kHeadDim, Piece> ? 512 / kHeadDim : kHeadDim == 256 ? 1 : 384 / kHeadDim;
+
 // Block `block` of a launch with one for each head and `count` places. Heads come first: blocks at work
 // at the same time read whole rows of memory.
 struct Place {
@@ -180,7 +194,8 @@ __device__ void key_operands(const BackwardCall& p, const Place& at,
   int8_t first_code[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    const int key = first + permuted_token<Rows>(i);
+    // Where dQ comes beside dK and dV: keys 2q, 2q + 8, 2q + 1, 2q + 9, each beside that of the next eight.
+    const int key = first + permuted_token<Rows>(p.adds_dq ? i / 2 + i % 2 * 2 : i);
     const int64_t row = (at.plane * s.keys + key) * kHeadDim;
     k[i] = make_uint2(0, 0);
     first_code[i] = 0;
@@ -208,7 +223,7 @@ __device__ void key_operands(const BackwardCall& p, const Place& at,
 
 // Blocks below `query_blocks` make x and y, the others z.
 template <int kHeadDim, class Piece, bool kTrain8>
-__global__ void __launch_bounds__(2 * kHeadDim, kHeadDim == 256 ? 1 : 384 / kHeadDim)
+__global__ void __launch_bounds__(2 * kHeadDim, kOperandsBlocks<kHeadDim, Piece>)
     gradient_operands(const BackwardCall p) {
   __shared__ TransposedTile<kHeadDim> staged;
   const AttentionShape& s = p.shape;

@@ -3,6 +3,8 @@
 
 namespace sage {
 
+bool adds_dq_sm90(const BackwardParams&) { return false; }
+
 const char* train8_gradients_sm90(const BackwardCall& params, Stream stream) {
   return train8_gradients_sm90_mma(params, stream);
 }

@@ -34,7 +34,7 @@ namespace sage::sm90 {
 inline constexpr int kGradientTile = 64;    // columns
 inline constexpr int kGradientValues = kGradientTile / 2;  // of a thread, in a tile
 inline constexpr int kGradientRegisters = kGradientTile / 8;  // of a thread's 8-bit operand
-// Sums in the matrix unit keep about 14 bits: after this many tiles they go to float32 sums.
+// Sums in the matrix unit keep about 14 bits: after this many tiles they go to exact ones.
 inline constexpr int kExactTiles = 16;
 inline constexpr int kSharedLimit = 227 * 1024;  // what an sm_90 offers a block
 
@@ -89,31 +89,45 @@ __device__ __forceinline__ void hide_codes(uint32_t (&operand)[kGradientRegister
   for (int i = 0; i < kGradientRegisters; ++i) operand[i] &= sm80::seen_bytes(seen, i / 2, i % 2);
 }
 
-// Adds the matrix unit's sums to those in shared memory, of which each thread has its own.
+// Exact sums: the matrix unit's are added to others in shared memory, of which each thread has its own. Those are bf16;
+// x keeps what they cannot hold, and goes on from there, so nothing is lost.
 template <int kValues>
-__device__ __forceinline__ void add_exactly(unsigned char* region, const float (&x)[kValues],
-                                            bool first) {
-  float4* const sums = reinterpret_cast<float4*>(region) + threadIdx.x % kWarpSize;
+__device__ __forceinline__ void add_exactly(unsigned char* region, float (&x)[kValues], bool first) {
+  uint4* const sums = reinterpret_cast<uint4*>(region) + threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int i = 0; i < kValues / 4; ++i) {
-    float4 y = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
-    if (!first) {
-      const float4 old = sums[i * kWarpSize];
-      y = make_float4(old.x + y.x, old.y + y.y, old.z + y.z, old.w + y.w);
+  for (int i = 0; i < kValues; i += 8) {
+    uint4& sum = sums[i / 8 * kWarpSize];
+    uint4 old = make_uint4(0, 0, 0, 0);
+    if (!first) old = sum;
+    uint32_t pairs[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float low, high, &x0 = x[i + 2 * j], &x1 = x[i + 2 * j + 1];
+      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
+      x0 += low, x1 += high;
+      pairs[j] = ptx::cvt_bf16x2_f32(x0, x1);
+      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
+      x0 -= low, x1 -= high;
     }
-    sums[i * kWarpSize] = y;
+    sum = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
 
 // x plus the exact sums, where there are any.
 template <int kValues>
 __device__ __forceinline__ void collect(const unsigned char* region, float (&x)[kValues], bool exact) {
-  const float4* const sums = reinterpret_cast<const float4*>(region) + threadIdx.x % kWarpSize;
   if (!exact) return;
+  const uint4* const sums = reinterpret_cast<const uint4*>(region) + threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int i = 0; i < kValues / 4; ++i) {
-    const float4 y = sums[i * kWarpSize];
-    x[4 * i] += y.x, x[4 * i + 1] += y.y, x[4 * i + 2] += y.z, x[4 * i + 3] += y.w;
+  for (int i = 0; i < kValues; i += 8) {
+    const uint4 sum = sums[i / 8 * kWarpSize];
+    const uint32_t pairs[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float low, high;
+      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
+      x[i + 2 * j] += low, x[i + 2 * j + 1] += high;
+    }
   }
 }
 
@@ -131,7 +145,7 @@ __device__ __forceinline__ void store_gradients(const CUtensorMap& map, bool til
                          length - row, stride, head_dim);
     return;
   }
-  __syncwarp();  // float32 sums that lay there have been read
+  __syncwarp();  // exact sums that lay there have been read
   if (dtype == Dtype::kBf16) {
     write_tiles<kHeadDim, true>(region, outputs);
   } else {
@@ -154,8 +168,18 @@ __device__ __forceinline__ void release(uint32_t barrier) {
 }
 
 // The scale of an e4m3 channel, from the bits of its largest magnitude.
-__device__ __forceinline__ float channel_scale(const uint32_t* maxima, int64_t channel) {
-  return group_scale(bits_float(maxima[channel]), 448.0f).scale;
+__device__ __forceinline__ float channel_scale(uint32_t maximum) { return group_scale(bits_float(maximum), 448.0f).scale; }
+
+// factor[i] = common · scale of channel i, for kChannels channels. By all lanes of a warp; all loads before the first use.
+template <int kChannels>
+__device__ __forceinline__ void describe_factors(float* factor, const uint32_t* maxima, float common) {
+  uint32_t maximum[kChannels / kWarpSize];
+#pragma unroll
+  for (int i = 0; i < kChannels / kWarpSize; ++i) maximum[i] = maxima[i * kWarpSize + threadIdx.x % kWarpSize];
+#pragma unroll
+  for (int i = 0; i < kChannels / kWarpSize; ++i) {
+    factor[i * kWarpSize + threadIdx.x % kWarpSize] = common * channel_scale(maximum[i]);
+  }
 }
 
 }  // namespace sage::sm90

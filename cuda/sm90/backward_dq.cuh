@@ -37,21 +37,20 @@ struct DqConfig : DqBlock<kHeadDim_> {
 
   // --------------------------------------------------------------------------- shared-memory map
   // Q [128][kHeadDim] | dO [128][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
-  //   | float32 sums of each warp | terms of the rows | notes | slots | barriers
+  //   | exact sums of each warp; outputs | terms of the rows | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kStageBytes = 3 * kTileBytes;
-  static constexpr int kWarpBytes = 16 * kHeadDim * 4;
+  static constexpr int kWarpBytes = 16 * kHeadDim * 2;
   static constexpr int kStages = kHeadDim == 128 ? 4 : 6;
   static constexpr int kStagesAt = 2 * kRowsBytes;
   static constexpr int kWarpsAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kTermsAt = kWarpsAt + 4 * Block::kGroups * kWarpBytes;
   static constexpr int kNotesAt = kTermsAt + Block::kRows * static_cast<int>(sizeof(QueryTerms));
-  using Slot = GradientSlot<Block::kGroups>;
+  using Slot = GradientSlot<Block::kGroups, kHeadDim_>;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + GradientBarriers::kCount);
-  static_assert(kStages <= kExactTiles, "a warp that runs ahead must not add up float32 sums while others read the scales");
   static_assert(kSharedBytes <= kSharedLimit && kBarriersAt % 8 == 0 && kWarpsAt % 1024 == 0,
                 "what an sm_90 offers a block; regions at multiples of 1024 bytes");
   static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
@@ -80,11 +79,10 @@ __device__ __forceinline__ void describe_queries(const DqCall& call, typename Co
     slot.kv_plane = kv_plane;
     slot.row = row;
   }
+  describe_factors<Config::kHeadDim>(slot.factor, p.w.z_max + static_cast<int64_t>(kv_plane) * Config::kHeadDim, 1.0f);
   // For the end.
   const int rows = min(Config::kRows, shape.queries - row);
   const int64_t first = static_cast<int64_t>(plane) * shape.queries + row;
-  fetch_early(reinterpret_cast<const float*>(p.w.z_max) + static_cast<int64_t>(kv_plane) * Config::kHeadDim,
-              Config::kHeadDim);
   fetch_early(p.w.row_factor + static_cast<int64_t>(plane) * tiles_of(shape.queries) * kTileQueries + row, rows);
   fetch_early(p.l + first, rows);
   fetch_early(p.dlse + first, rows);
@@ -104,14 +102,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
     const int item = call.crew.item(turn, p.w.taken + 1);
-    ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
-    if (item >= call.items) {
-      if (threadIdx.x == 0) slot.row = kNoRows;
-      ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
-      return;
-    }
-    describe_queries<Config>(call, slot, item);
-    ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+    if (!hand_out(barriers, slot, turn, item < call.items, [&] { describe_queries<Config>(call, slot, item); })) return;
     if (threadIdx.x == 0) {
       const int plane = slot.b * p.shape.heads + slot.head, padded = tiles_of(p.shape.queries) * kTileQueries;
       const uint32_t terms_bytes = min(Config::kRows, padded - slot.row) * static_cast<int>(sizeof(QueryTerms));
@@ -260,7 +251,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
     }
     ptx::keep_in_registers(operand);
     ptx::wgmma_fence();
-    multiply_gradients<kHeadDim>(dq, operand, tile + 2 * Config::kTileBytes / 16, count % kExactTiles != 0);
+    multiply_gradients<kHeadDim>(dq, operand, tile + 2 * Config::kTileBytes / 16, count > 0);
     ptx::wgmma_commit_group();
     ++count;
     if (++stage == Config::kStages) {
@@ -283,7 +274,6 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dq);
   release(barriers.rows_empty());
-  ptx::mbarrier_arrive(barriers.slot_empty(turn % kGradientSlots));
   // The note that ends the tiles, and the tile before.
   if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
   release(base + Config::empty(stage));
@@ -293,21 +283,13 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   }
   wait_for_sent_tiles();
   collect(region, dq, count > kExactTiles);
-  // Scales of channels, beside the first warp's outputs.
-  auto* const scales = reinterpret_cast<float*>(shared + Config::kWarpsAt + group * 4 * Config::kWarpBytes +
-                                                Config::kWarpBytes / 2);
-  ptx::bar_sync(1 + group, 128);  // that warp has read its sums
-  const int channel = static_cast<int>(ptx::opaque(threadIdx.x)) % 128;
-  if (channel < kHeadDim) {
-    scales[channel] = channel_scale(p.w.z_max, static_cast<int64_t>(kv_plane) * kHeadDim + channel);
-  }
-  ptx::bar_sync(1 + group, 128);
-  const auto* const pairs = reinterpret_cast<const float2*>(scales) + t;
+  const auto* const pairs = reinterpret_cast<const float2*>(slot.factor) + t;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) {
     const float2 scale = pairs[i / 4 * 4];
     dq[i] *= factor[i >> 1 & 1] * (i % 2 == 0 ? scale.x : scale.y);
   }
+  ptx::mbarrier_arrive(barriers.slot_empty(turn % kGradientSlots));
   if (__any_sync(kFullWarp, dlse[0] != 0.0f || dlse[1] != 0.0f)) {
     const auto* const means =
         reinterpret_cast<const float2*>(p.k_mean + static_cast<int64_t>(kv_plane) * kHeadDim) + t;
@@ -343,16 +325,9 @@ __device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shar
     if (threadIdx.x < kWarpSize) copy_keys<Config>(call, shared);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    const GradientBarriers barriers = Config::barriers(base);
     int stage = 0;
     uint32_t phase = 0;
-#pragma unroll 1
-    for (int turn = 0;; ++turn) {
-      ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
-      if (from_lane_0(Config::slot(shared, turn).row) == kNoRows) break;
-      compute_dq<Config>(call, shared, group - 1, turn, stage, phase);
-    }
-    wait_for_sent_tiles();
+    take_turns<Config>(shared, [&](int turn) { compute_dq<Config>(call, shared, group - 1, turn, stage, phase); });
   }
 }
 

@@ -13,7 +13,7 @@ namespace sm90 {
 // waits between them for the last of the first.
 template <int kHeadDim_>
 struct GradientsConfig {
-  using Dkv = DkvConfig<kHeadDim_>;
+  using Dkv = DkvConfig<kHeadDim_, false>;
   using Dq = DqConfig<kHeadDim_>;
   static_assert(Dkv::kThreads == Dq::kThreads, "they share a launch");
   static constexpr int kThreads = Dkv::kThreads;
@@ -38,6 +38,31 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 }
 
+template <int kHeadDim>
+struct AtOnceConfig : DkvConfig<kHeadDim, true> {};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) backward_at_once(const __grid_constant__ DkvCall call) {
+  extern __shared__ __align__(1024) unsigned char tiles_first[];
+  dkv_block<Config>(call, tiles_first);
+}
+
+// All three gradients in one walk over the scores: dQ is added up in memory.
+template <class Config>
+const char* launch_at_once(const BackwardCall& p, Stream stream) {
+  DkvCall call = {p};
+  int64_t items = 0;
+  const char* error = plan_dkv<Config>(call, items);
+  if (error != nullptr) return error;
+  if (items > INT32_MAX / 2) return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
+  const AttentionShape& s = p.shape;
+  call.crew = {0, static_cast<int>(std::min<int64_t>(items, multiprocessors()))};
+  error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
+  if (error != nullptr) return error;
+  return launch(finish_dq<Config::kHeadDim>, dim3(blocks_for(s.queries, kFinishQueries) * s.heads * s.batch),
+                kFinishThreads, 0, stream, p);
+}
+
 template <class Config>
 const char* launch_gradients(const BackwardCall& p, Stream stream) {
   GradientsCall call = {{p}, {p}};
@@ -57,6 +82,14 @@ const char* launch_gradients(const BackwardCall& p, Stream stream) {
 
 }  // namespace sm90
 
+bool adds_dq_sm90(const BackwardParams& p) {
+  const AttentionShape& s = p.shape;
+  const bool empty = s.batch == 0 || s.heads == 0 || s.queries == 0 || s.keys == 0;
+  return p.backward == Backward::kTrain8 && p.dp == DpFormat::kInt8 && !p.deterministic && !p.portable && !empty &&
+         s.padded_dim <= 128 && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 && p.dk_dtype != Dtype::kF32 &&
+         p.dv_dtype != Dtype::kF32;
+}
+
 const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   const bool empty = p.shape.batch == 0 || p.shape.heads == 0 || p.shape.queries == 0 ||
                      p.shape.keys == 0;  // tensor maps have no empty axes
@@ -65,6 +98,10 @@ const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   }
   const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
   if (error != nullptr) return error;
+  if (p.adds_dq) {
+    return p.shape.padded_dim == 64 ? sm90::launch_at_once<sm90::AtOnceConfig<64>>(p, stream)
+                                    : sm90::launch_at_once<sm90::AtOnceConfig<128>>(p, stream);
+  }
   return p.shape.padded_dim == 64 ? sm90::launch_gradients<sm90::GradientsConfig<64>>(p, stream)
                                   : sm90::launch_gradients<sm90::GradientsConfig<128>>(p, stream);
 }

@@ -1,22 +1,24 @@
 // How blocks that stay share the gradients out: each has its first rows; the next ones one warp of it, the loader, takes
-// from a counter that all blocks count up, and writes down what the consumers have to know of them. While these end a block of rows it brings the
-// next.
+// from a counter that all blocks count up, and writes down what the consumers have to know of them. While these end a block
+// of rows it brings the next.
 #pragma once
 
 #include "common/mask.cuh"
 #include "common/tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "sm90/forward_stream.cuh"
+#include "sm90/store_tiles.cuh"
 
 namespace sage::sm90 {
 
 // A block of rows: queries of one head for dQ, keys of one for dK and dV.
-template <int kGroups>
+template <int kGroups, int kFactors>
 struct GradientSlot {
   Mask mask;
   int b, head, kv_plane, row;  // `head` of queries, or of keys; its first row, or kNoRows: there are no more
   uint32_t bad;                // flags of its tiles, if it holds a NaN or Inf
   float k_scale[kGroups], v_scale[kGroups];  // of its keys
+  alignas(8) float factor[kFactors];         // what sums of channels have to be multiplied with
 };
 inline constexpr int kNoRows = -1;
 inline constexpr int kGradientSlots = 2;
@@ -52,6 +54,34 @@ struct Crew {
     return blocks + static_cast<int>(__shfl_sync(kFullWarp, taken, 0));
   }
 };
+
+// The loader's part of a turn, in all lanes of its warp: when the slot is free, describes its rows by `describe`, or says that
+// there are no more. Returns `more`.
+template <class Slot, class Describe>
+__device__ __forceinline__ bool hand_out(const GradientBarriers& barriers, Slot& slot, int turn, bool more,
+                                         const Describe& describe) {
+  ptx::mbarrier_wait(barriers.slot_empty(turn % kGradientSlots), turn / kGradientSlots % 2 ^ 1);
+  if (more) {
+    describe();
+  } else if (threadIdx.x == 0) {
+    slot.row = kNoRows;
+  }
+  ptx::mbarrier_arrive(barriers.slot_full(turn % kGradientSlots));
+  return more;
+}
+
+// The consumers': calls compute(turn) until there are no more rows.
+template <class Config, class Compute>
+__device__ __forceinline__ void take_turns(unsigned char* shared, const Compute& compute) {
+  const GradientBarriers barriers = Config::barriers(ptx::shared_address(shared));
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
+    if (from_lane_0(Config::slot(shared, turn).row) == kNoRows) break;
+    compute(turn);
+  }
+  wait_for_sent_tiles();
+}
 
 // Calls emit(note) in lane 0 for every tile of [first, end) that look(note) finds visible, in order.
 // All lanes of a warp take part; they look at 32 tiles at once.

@@ -31,7 +31,7 @@ BackwardParams = _struct(
     *_fields(_int, "backward dp"),
     ("exact_delta", _bool),
     ("scale", _float),
-    ("portable", _bool),
+    *_fields(_bool, "deterministic portable"),
     *_fields(_pointer, "q8 q_scale k8 k_scale k_mean v_dp v_dp_scale v_mean m l"),
     ("out_dtype", _int),
     *_fields(_pointer, "out dout dlse"),
@@ -82,7 +82,7 @@ def attend_backward(
     params = BackwardParams(
         Shape(batch, queries, keys, heads, kv_heads, head_dim, padded),
         base.mask_params(a, masks, window_left, window_right),
-        BACKWARD[backward], base.DP[dp], exact_delta, scale, False,
+        BACKWARD[backward], base.DP[dp], exact_delta, scale, False, False,
         *(a.input(x) for x in inputs), base.DTYPES[out.dtype.name], a.input(out), a.input(dout),
         a.input(dlse), *(base.DTYPES[np.dtype(t).name] for t in dtypes),
         *(address for address, _ in results), None,

@@ -1,0 +1,199 @@
+// dQ beside dK and dV: the codes of G, which leave the accumulators keys by queries, become an operand in shared memory,
+// queries by keys; the product with a block's keys is added to the queries' sums in memory, in 16 bits
+// (docs/kernels/sm90_backward.md).
+//
+// The sums lie where dQ will lie, [B, T, N, H] of f16, times a power of two (`sum_factor`). finish_dq makes dQ of them.
+#pragma once
+
+#include "common/scale.cuh"
+#include "common/tile.cuh"
+#include "ptx/cvt.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/wgmma.cuh"
+#include "sm90/backward_common.cuh"
+
+namespace sage::sm90 {
+
+// What keeps sums finite in 16 bits: a code is at most 448, so a key adds 448² at most, and rounding to nearest never more than
+// doubles a sum of magnitudes, whatever the order: 2 · 448² / 8 = 50176.
+SAGE_HOST_DEVICE float sum_factor(int keys) {
+  float factor = 0x1p-3f;
+  for (int64_t most = 1; most < keys; most *= 2) factor *= 0.5f;
+  return factor;
+}
+
+// The codes of a warp's 16 keys as they are written: keys g and g + 8 side by side, the order in which `z` has them then.
+__device__ __forceinline__ void pair_keys(uint32_t (&pairs)[kGradientRegisters], const uint32_t (&g)[kGradientRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kGradientRegisters; i += 2) {
+    pairs[i] = ptx::prmt(g[i], g[i + 1], 0x5140);
+    pairs[i + 1] = ptx::prmt(g[i], g[i + 1], 0x7362);
+  }
+  ptx::keep_in_registers(pairs);  // before products have g as their operand: then nobody else may read it
+}
+
+// Writes them to their warpgroup's tile of G, [64 queries][64 keys].
+__device__ __forceinline__ void store_codes(uint32_t tile, const uint32_t (&pairs)[kGradientRegisters]) {
+  using Tile = SharedTile<kGradientTile, 64>;
+  const int thread = static_cast<int>(ptx::opaque(threadIdx.x)), lane = thread % kWarpSize;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t* const x = pairs + 4 * half;
+    ptx::stmatrix_x4_transposed(tile + Tile::offset(32 * half + lane, thread / kWarpSize % 4), x[0], x[1], x[2], x[3]);
+  }
+}
+
+// sums = G·zᵀ: 64 queries by 64 channels over the keys of kGroups tiles, of rows of 64 bytes, at addresses in 16-byte units.
+template <int kGroups, int kHeadDim>
+__device__ __forceinline__ void multiply_queries(float (&sums)[32], uint32_t g, uint32_t z) {
+#pragma unroll
+  for (int step = 0; step < 2 * kGroups; ++step) {
+    const int tile = step / 2, at = 2 * (step % 2);
+    ptx::wgmma_m64k32_f32_e4m3(sums, ptx::shared_operand<64, 0, 512>(g + tile * (kGradientTile * 64 / 16) + at),
+                               ptx::shared_operand<64, 0, 512>(z + tile * (kHeadDim * 64 / 16) + at), step > 0);
+  }
+}
+
+// A tile of 64 queries of a head by the block's keys.
+struct QueryTile {
+  int query, head;  // its first
+};
+
+// The part that a consumer warpgroup has in dQ: of each tile 64 channels, one tile later than dK and dV, or of every third
+// tile all 64, two tiles later (`kInTurn`). Tiles are numbered from the kernel's beginning; the places of their codes are used
+// in turn.
+//
+// Who publishes the codes of tile n has read those of tile n − kLate, if they were its to read. So who has waited for the codes
+// of tile n − kLate may write those of tile n over those of tile n − 2·kLate and of all before.
+template <class Config>
+struct DqPart {
+  static constexpr int kPlaces = Config::kWithDq ? Config::kCodesPlaces : 1, kLate = Config::kInTurn ? 2 : 1;
+  static_assert(!Config::kWithDq || kPlaces >= 2 * kLate, "codes are not written over before they have been read");
+  static constexpr uint32_t kFirst = 2 * kPlaces;  // the first tile's number: barriers begin anew, and there is one before it
+  static constexpr int kValues = kOutTileColumns / 2;  // of a thread
+  const CUtensorMap& map;
+  float factor;
+  uint32_t base;
+  unsigned char* staged;
+  int group;
+
+  __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group)
+      : map(map),
+        factor(factor),
+        base(ptx::shared_address(shared)),
+        staged(shared + Config::kStagedAt + (4 * group + warp()) * Config::kStagedBytes),
+        group(group) {}
+
+  static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize % 4; }  // of the warpgroup
+  __device__ __forceinline__ uint32_t codes(uint32_t n) const {
+    return base + Config::kCodesAt + static_cast<int>(n % kPlaces) * Config::kCodesBytes;
+  }
+  __device__ __forceinline__ uint32_t full(uint32_t n) const {
+    return base + Config::codes_full(static_cast<int>(n % kPlaces));
+  }
+  __device__ __forceinline__ uint32_t ask(uint32_t n) const { return ptx::mbarrier_try_wait(full(n), n / kPlaces % 2); }
+  __device__ __forceinline__ void wait(uint32_t n) const { ptx::mbarrier_wait(full(n), n / kPlaces % 2); }
+  __device__ __forceinline__ bool takes(uint32_t n) const {
+    return !Config::kInTurn || static_cast<int>(n % Config::kGroups) == group;
+  }
+
+  __device__ __forceinline__ void store(uint32_t n, const uint32_t (&pairs)[kGradientRegisters]) const {
+    store_codes(codes(n) + group * Config::kCodesTile, pairs);
+  }
+  // The product of tile n, a group of its own.
+  __device__ __forceinline__ void start(float (&sums)[kValues], uint32_t n) const {
+    const int channels = Config::kInTurn ? 0 : group * (kOutTileColumns * 64);
+    multiply_queries<Config::kGroups, Config::kHeadDim>(sums, codes(n) / 16, (base + Config::kZAt + channels) / 16);
+    ptx::wgmma_commit_group();
+  }
+  // Until the copy engine has read what was staged before.
+  __device__ __forceinline__ void wait_for_staged() const {
+    ptx::cp_async_bulk_wait_read();
+    __syncwarp();
+  }
+  // A warp's 16 rows to shared memory, for the copy engine, once a fence has followed.
+  __device__ __forceinline__ void stage(const float (&sums)[kValues]) const {
+    write_tiles<kOutTileColumns, false>(staged, [&](int n) {
+      return FourOutputs{{sums[4 * n] * factor, sums[4 * n + 1] * factor},
+                         {sums[4 * n + 2] * factor, sums[4 * n + 3] * factor}};
+    });
+  }
+  // Adds them to memory, if `some`.
+  __device__ __forceinline__ void send(const QueryTile& tile, int batch, bool some) const {
+    __syncwarp();
+    ptx::cp_reduce_async_bulk_tensor_3d_if(
+        &map, ptx::shared_address(staged), tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
+        tile.query + 16 * warp(), batch, some && threadIdx.x % kWarpSize == 0);
+    ptx::cp_async_bulk_commit();
+  }
+  // All of it at once.
+  __device__ __forceinline__ void add(uint32_t n, const QueryTile& tile, int batch) const {
+    float sums[kValues];
+    ptx::wgmma_fence();
+    start(sums, n);
+    wait_for_staged();
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(sums);
+    stage(sums);
+    ptx::fence_proxy_async_shared();
+    send(tile, batch, true);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------- dQ
+
+inline constexpr int kFinishThreads = 256, kFinishQueries = 64;
+
+// dQ from its sums, in place: a block has kFinishQueries queries of one head, a thread eight channels of some of them. Heads come
+// first: blocks at work at the same time read whole rows of memory.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kFinishThreads) finish_dq(const BackwardCall p) {
+  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces, kRows = kFinishQueries / kAtOnce;
+  const AttentionShape& s = p.shape;
+  const int tiles = (s.queries + kFinishQueries - 1) / kFinishQueries, n = static_cast<int>(blockIdx.x) % s.heads;
+  const int tile = static_cast<int>(blockIdx.x) / s.heads % tiles, b = static_cast<int>(blockIdx.x) / s.heads / tiles;
+  const int64_t plane = static_cast<int64_t>(b) * s.heads + n;
+  const int piece = static_cast<int>(threadIdx.x) % kPieces;
+  const int first = tile * kFinishQueries + static_cast<int>(threadIdx.x) / kPieces;
+  uint4* const out = reinterpret_cast<uint4*>(p.dq) + piece;
+  uint4 sums[kRows];
+  float factor[kRows], dlse[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int query = first + kAtOnce * i;
+    sums[i] = make_uint4(0, 0, 0, 0);
+    factor[i] = dlse[i] = 0.0f;
+    if (query >= s.queries) continue;
+    sums[i] = out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces];
+    factor[i] = p.w.row_factor[plane * tiles_of(s.queries) * kTileQueries + query];
+    dlse[i] = p.l[plane * s.queries + query] != 0.0f ? p.dlse[plane * s.queries + query] * p.scale : 0.0f;
+  }
+  const int64_t channel = (static_cast<int64_t>(b) * s.kv_heads + n / (s.heads / s.kv_heads)) * kHeadDim + 8 * piece;
+  const float unscaled = 1.0f / sum_factor(s.keys);
+  float scale[8];
+#pragma unroll
+  for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max[channel + c]) * unscaled;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int query = first + kAtOnce * i;
+    if (query >= s.queries) continue;
+    uint32_t x[4] = {sums[i].x, sums[i].y, sums[i].z, sums[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float y[2];
+      ptx::cvt_f32_f16x2(y[0], y[1], x[j]);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        y[c] *= factor[i] * scale[2 * j + c];
+        if (dlse[i] != 0.0f) y[c] = fmaf(dlse[i], p.k_mean[channel + 2 * j + c], y[c]);
+      }
+      x[j] = p.dq_dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(y[0], y[1]) : ptx::cvt_f16x2_f32(y[0], y[1]);
+    }
+    out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces] = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+}  // namespace sage::sm90
