@@ -18,6 +18,7 @@ case "$*" in
   *attention.py*) echo "bench: $*"; [ ! -f "$HERE/slow" ] || sleep 60; [ ! -f "$HERE/broken" ] ;;
   *pytest*)
     echo "tests: $*"
+    [ ! -f "$HERE/wrong" ] || { echo "FAILED tests/test_gpu.py::test_it[x] - assert 1 < 0"; exit 1; }
     for word; do case $word in --junitxml=*) touch "${word#*=}" ;; esac; done ;;
   *) echo "py312" ;;
 esac
@@ -87,6 +88,14 @@ def test_failures_are_reported_and_a_failed_build_ends_the_run(check, tmp_path):
     done, summary = check()
     assert done.returncode == 1
     assert len(summary) == 1 and summary[0].startswith("build: failed")
+
+
+def test_the_summary_names_the_tests_that_failed(check, tmp_path):
+    (tmp_path / "wrong").touch()
+    done, summary = check("test", "bench")
+    assert done.returncode == 1
+    assert summary[0].startswith("test: failed") and summary[2].startswith("bench: passed")
+    assert summary[1] == "  FAILED tests/test_gpu.py::test_it[x] - assert 1 < 0"
 
 
 @pytest.mark.parametrize(

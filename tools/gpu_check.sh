@@ -137,7 +137,9 @@ run() {
     *) word="failed with status $code" ;;
   esac
   echo "$name: $word, $((SECONDS - began)) s" >> "$out/summary.txt"
-  [ $code -eq 0 ] || status=1
+  [ $code -eq 0 ] && return
+  status=1
+  grep -E '^(FAILED|ERROR) ' "$out/$name.log" | head -n 40 | sed 's/^/  /' >> "$out/summary.txt"  # which tests
   return $code
 }
 
