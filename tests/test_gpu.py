@@ -6,6 +6,7 @@ runs there as well: XLA tunes every product for the GPU it compiles for, which t
 problems of new sizes and milliseconds of use.
 """
 
+import dataclasses
 import functools
 import os
 import time
@@ -287,12 +288,12 @@ def test_bad_tokens_reach_the_rows_that_see_them(recipe, value):
 # -------------------------------------------------------------------------- against exact attention
 
 
-def gradients_on_gpu(case, recipe, q, k, v, dout, dlse, masks):
+def gradients_on_gpu(case, recipe, q, k, v, dout, dlse, masks, *, deterministic=False):
     """(out, lse, dq, dk, dv) of the whole call, as a user gets them."""
 
     @jax.jit
     def run(q, k, v, dout, dlse, masks):
-        settings = settings_of(case, recipe, "cuda")
+        settings = dataclasses.replace(settings_of(case, recipe, "cuda"), deterministic=deterministic)
         results, pull = jax.vjp(lambda *x: _vjp.attention(settings, *x, masks), q, k, v)
         return *results, *pull((dout, dlse))
 

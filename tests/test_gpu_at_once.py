@@ -18,14 +18,13 @@ from test_gpu import (
     backward_operands,
     forward_on_host,
     gradient_bound,
+    gradients_on_gpu,
     host,
     on_gpu,
     on_host,
-    settings_of,
 )
 
-from sage_jax import _vjp, accuracy, dot_product_attention
-from sage_jax.masking import Masks
+from sage_jax import accuracy, dot_product_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -68,11 +67,8 @@ def test_gradients_follow_the_specification(case):
 
 def gradients(case, inputs, deterministic):
     """lse, dq, dk, dv"""
-    q, k, v, dout, dlse, masks = inputs
-    masks = Masks(*(None if x is None or not any(x.shape) else x for x in masks))
-    settings = dataclasses.replace(settings_of(case, TRAIN8, "cuda"), deterministic=deterministic)
-    (_, lse), pull = jax.vjp(lambda *x: _vjp.attention(settings, *x, masks), q, k, v)
-    return [np.asarray(x, np.float32) for x in (lse, *pull((dout, dlse)))]
+    results = gradients_on_gpu(case, TRAIN8, *inputs, deterministic=deterministic)
+    return [np.asarray(x, np.float32) for x in results[1:]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
