@@ -22,7 +22,7 @@ from tests.metrics import assert_same_bits, relative_l2
 from tests.oracle import quantized_attention, window
 
 pytestmark = pytest.mark.skipif(not shutil.which(library.compiler() or ""), reason="no C++ compiler")
-BOUND = 1e-3
+BOUND = 2e-3  # a code of G that rounds the other way is 1.2e-3 of a sum over 70 queries
 ARCHITECTURES = (80, 89, 90)  # e4m3 by bit operations, by the matrix unit, by conversion to f16
 TRAIN8 = PRESETS["train8"]
 RECIPES = (

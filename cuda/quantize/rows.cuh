@@ -297,11 +297,11 @@ struct TransposedTile {
 
   // Copies the tile to columns [column, column + 64) of a matrix of rows `stride` bytes apart.
   __device__ void store(uint8_t* out, int64_t stride, int thread = static_cast<int>(threadIdx.x)) const {
-    for (int i = thread; i < kHeadDim * 4; i += 2 * kHeadDim) {
-      const uint32_t* from = &words[i / 4][chunk(i / 4, i % 4) * 4];
-      *reinterpret_cast<uint4*>(out + i / 4 * stride + i % 4 * 16) =
-          make_uint4(from[0], from[1], from[2], from[3]);
-    }
+    constexpr int kHalf = kHeadDim / 2;  // channels, a multiple of 32: chunks of both halves lie alike
+    const uint32_t* const from = &words[thread / 4][chunk(thread / 4, thread % 4) * 4];
+    uint8_t* const to = out + thread / 4 * stride + thread % 4 * 16;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    *reinterpret_cast<uint4*>(to + kHalf * stride) = *reinterpret_cast<const uint4*>(from + kHalf * (kTileKeys / 4));
   }
 };
 

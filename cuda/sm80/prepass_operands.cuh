@@ -1,55 +1,18 @@
 // The last launch of the backward pre-pass (backward_prepass.cu): x, y and z of docs/abi.md, section 4, 8-bit and
-// transposed, tokens permuted by `pi`; and what its launches share.
+// transposed, tokens permuted by `pi`.
 #pragma once
 
-#include "common/tile.cuh"
-#include "quantize/rows.cuh"
-#include "sm80/backward.h"
-#include "sm80/backward_workspace.h"
+#include "sm80/prepass_share.cuh"
 
 namespace sage::prepass {
 
-inline constexpr int kTile = 64;  // tokens at once
-inline constexpr int kPerThread = kTile / 16;
-
-// Blocks that a multiprocessor is to hold. Three of query_terms, four of gradient_operands fit where 80 and 64 registers are
-// enough: for 16-bit tensors, in whole pieces, and not on sm_80 and sm_89, for which ptxas needs a few more.
-#if __CUDA_ARCH__ >= 900
-inline constexpr bool kRegistersSuffice = true;
+#if __CUDA_ARCH__ >= 890
+inline constexpr bool kFewRegisters = true;
 #else
-inline constexpr bool kRegistersSuffice = false;
+inline constexpr bool kFewRegisters = false;  // conversions to e4m3 take more of them
 #endif
-template <int kHeadDim, class Piece>
-inline constexpr bool kFewRegisters = kRegistersSuffice && sizeof(Piece) == 16 && kHeadDim < 256;
-template <int kHeadDim, class Piece>
-inline constexpr int kTermsBlocks = kFewRegisters<kHeadDim, Piece> ? 384 / kHeadDim : 1;
-template <int kHeadDim, class Piece>
-inline constexpr int kOperandsBlocks = kFewRegisters<kHeadDim, Piece> ? 512 / kHeadDim : kHeadDim == 256 ? 1 : 384 / kHeadDim;
-
-// Block `block` of a launch with one for each head and `count` places. Heads come first: blocks at work
-// at the same time read whole rows of memory.
-struct Place {
-  int index, head, batch;
-  int64_t plane;
-  __device__ Place(int block, int count, int heads)
-      : index(block / heads % count),
-        head(block % heads),
-        batch(block / heads / count),
-        plane(static_cast<int64_t>(batch) * heads + head) {}
-};
-
-// Eight INT8 codes as floats: code + 128 in the low byte of 2^23. A conversion has a quarter of the rate.
-__device__ __forceinline__ void unpack_codes(float (&x)[kChannels], uint2 codes) {
-  const uint32_t shifted[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u};
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    x[c] = bits_float(ptx::prmt(shifted[c / 4], 0x4b000000u, 0x7540u + c % 4)) - 8388736.0f;
-  }
-}
-
-__device__ __forceinline__ uint2 load_codes(const int8_t* codes) {
-  return *reinterpret_cast<const uint2*>(codes);
-}
+template <int kHeadDim, bool kTrain8>  // of a multiprocessor
+inline constexpr int kOperandsBlocks = (kTrain8 && kFewRegisters && kHeadDim < 256 ? 384 : 256) / kHeadDim;
 
 // The thread's four tokens of a tile: those that `pi` stores as one word of a channel (docs/abi.md,
 // "Rounding"): 2q, 2q + 1, 8 + 2q, 9 + 2q of a group of 16.
@@ -63,14 +26,22 @@ __device__ __forceinline__ float inverse_scale(uint32_t maximum) {
   return group_scale(bits_float(maximum), 448.0f).inverse;
 }
 
+template <int kHeadDim>
+struct OperandsShared {
+  static constexpr int kChunk = 8;  // tiles
+  TransposedTile<kHeadDim> staged[2];
+  alignas(16) float inverse[2][kHeadDim];  // of the scales of x and y, or of z
+  // What a query's x and y are multiplied with, or for sagebwd whether it counts, and its scale. 0: it is dead (its shift
+  // is −inf) or poisoned (NaN), and its codes are zeros.
+  alignas(16) float2 factor[kChunk * kTile];
+  float scratch[2][RowBlock<kHeadDim>::kThreads / kWarpSize];
+};
+
 // One tile of x, y or z: values in y[token][channel], to be multiplied by the channel's factor.
 template <int kHeadDim, bool kTrain8>
-__device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged,
-                                              const float (&y)[kPerThread][kChannels],
-                                              const float (&factor)[kChannels], uint8_t* out,
-                                              int64_t tokens) {
+__device__ __forceinline__ void stage_operand(TransposedTile<kHeadDim>& staged, const float (&y)[kPerThread][kChannels],
+                                              const float (&factor)[kChannels]) {
   using Rows = RowBlock<kHeadDim>;
-  __syncthreads();  // what was staged before has been read
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     uint32_t word = 0;
@@ -85,154 +56,167 @@ __device__ __forceinline__ void store_operand(TransposedTile<kHeadDim>& staged,
     }
     staged.word(Rows::channel() + c, Rows::row()) = word;
   }
-  __syncthreads();
-  staged.store(out, tokens);
 }
 
-// x and y of one tile of 64 queries.
+// x and y of a share of a head's queries, the last first: query_terms has read those last, and they may still lie in the
+// L2 cache.
 template <int kHeadDim, class Piece, bool kTrain8>
-__device__ void query_operands(const BackwardCall& p, const Place& at,
-                               TransposedTile<kHeadDim>& staged) {
+__device__ void query_operands(const BackwardCall& p, const HeadShare& at, OperandsShared<kHeadDim>& shared) {
   using Rows = RowBlock<kHeadDim>;
-  __shared__ float scratch[2][Rows::kThreads / kWarpSize];
+  constexpr int kChunk = OperandsShared<kHeadDim>::kChunk;
   const BackwardWorkspace& w = p.w;
   const AttentionShape& s = p.shape;
-  const int tiles = tiles_of(s.queries), first = at.index * kTile, channel = Rows::channel();
-  const int64_t kv_plane =
-      static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
-  const int64_t stride = static_cast<int64_t>(s.heads) * s.head_dim;
+  const int thread = static_cast<int>(threadIdx.x), channel = Rows::channel();
+  const int64_t kv_plane = static_cast<int64_t>(at.batch) * s.kv_heads + at.head / (s.heads / s.kv_heads);
+  const int stride = s.heads * s.head_dim;
   const int64_t head_at = static_cast<int64_t>(at.batch) * s.queries * stride + at.head * s.head_dim;
+  const int64_t tokens = static_cast<int64_t>(at.tiles) * kTile;
+  const auto tile_of = [&](int visit) { return at.tiles - 1 - visit; };
 
-  // All loads are under way before the first is used. x leaves before y begins: fewer registers, more blocks.
   Piece d_out[kPerThread];
   uint2 q[kPerThread];
+  const auto load_gradients = [&](int visit) {
+    const int first = tile_of(visit) * kTile + permuted_token<Rows>(0);
+    const int64_t row = head_at + static_cast<int64_t>(first) * stride;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int query = first + permuted_token<Rows>(i);
-    q[i] = make_uint2(0, 0);
-    if (query >= s.queries) continue;
-    d_out[i].load(p.dout, p.out_dtype, head_at + query * stride, channel, s.head_dim);
-    q[i] = load_codes(p.q8 + (at.plane * s.queries + query) * kHeadDim + channel);
-  }
-  // What x and y of a query are multiplied with; 0: it is dead (its shift is −inf) or poisoned (NaN), and its
-  // codes are zeros.
-  __shared__ float x_factor[kTile], y_factor[kTile];
-  __shared__ alignas(16) float x_inverse[kHeadDim], y_inverse[kHeadDim];
-  const int thread = static_cast<int>(threadIdx.x), query = first + thread;
-  float q_scale = 0.0f;
-  if (kTrain8) {
-    const bool of_x = thread < kHeadDim;
-    const int c = of_x ? thread : thread - kHeadDim;
-    (of_x ? x_inverse : y_inverse)[c] = inverse_scale((of_x ? w.x_max : w.y_max)[kv_plane * kHeadDim + c]);
-  }
-  if (thread < kTile) {
-    float shift = -INFINITY, l = 1.0f, row_factor = 0.0f;
-    if (query < s.queries) {
-      const int64_t row = at.plane * s.queries + query;
-      const int64_t padded_row = at.plane * tiles * kTile + query;
-      shift = w.terms[padded_row].shift;
-      q_scale = p.q_scale[row];
-      l = p.l[row];
-      row_factor = w.row_factor[padded_row];
+    for (int i = 0; i < kPerThread; ++i) {
+      const int distance = i % 2 + i / 2 * 8;
+      d_out[i].load(p.dout, p.out_dtype, row + static_cast<unsigned>(distance * stride), channel, s.head_dim,
+                    visit < at.tiles && distance < s.queries - first);
     }
-    const bool counts = is_finite(shift);
-    q_scale = counts ? q_scale : 0.0f;
-    x_factor[thread] = !counts ? 0.0f : kTrain8 ? 1.0f / l : 1.0f;
-    y_factor[thread] =
-        !counts ? 0.0f : kTrain8 ? q_scale * (row_factor / (p.scale * (1.0f / 256.0f))) : 1.0f;
-  }
-  float x[kPerThread][kChannels], inverse[kChannels];
-  __syncthreads();
-  if (kTrain8) load_floats(inverse, x_inverse + channel);
+  };
+  const auto load_queries = [&](int visit) {
+    const int first = tile_of(visit) * kTile + permuted_token<Rows>(0);
+    const int8_t* const codes = p.q8 + (at.plane * s.queries + first) * kHeadDim + channel;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float factor = x_factor[permuted_token<Rows>(i)];
-    d_out[i].unpack(x[i]);
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i][c] = factor == 0.0f ? 0.0f : x[i][c] * factor;
-  }
-  if (!kTrain8) {  // dO as one INT8 group; Q's codes, which share a scale, as they are
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
-    const GroupScale codes = group_scale(block_max<Rows::kThreads>(largest, scratch[0]), 127.0f);
-    q_scale = block_max<Rows::kThreads>(q_scale, scratch[1]);
-    if (thread == 0) w.scales[at.plane * tiles + at.index] = {codes.scale, q_scale};
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) inverse[c] = codes.inverse;
-  }
-  const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-  // Behind ptx::opaque: addresses wait in no register for their turn.
-  const auto place = [&] { return at.plane * kHeadDim * tokens + ptx::opaque(first); };
-  store_operand<kHeadDim, kTrain8>(staged, x, inverse, w.x + place(), tokens);
-
+    for (int i = 0; i < kPerThread; ++i) {
+      const int distance = i % 2 + i / 2 * 8;
+      q[i] = make_uint2(0, 0);
+      if (visit < at.tiles && distance < s.queries - first) q[i] = load_codes(codes + distance * kHeadDim);
+    }
+  };
+  if (Piece::kReadsAhead) load_gradients(at.first);
+  load_queries(at.first);
   if (kTrain8) {
-    load_floats(inverse, y_inverse + channel);
-  } else {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) inverse[c] = 1.0f;
+    const int c = thread % kHeadDim;
+    const uint32_t* const maxima = thread < kHeadDim ? w.x_max : w.y_max;
+    shared.inverse[thread / kHeadDim][c] = inverse_scale(maxima[kv_plane * kHeadDim + c]);
   }
+#pragma unroll 1
+  for (int visit = at.first, i = 0; visit < at.tiles; visit += at.step, ++i) {
+    __syncthreads();  // what was staged before has been read, and the factors
+    if (i % kChunk == 0) {
+      for (int t = thread; t < kChunk * kTile; t += Rows::kThreads) {
+        const int query = tile_of(visit + t / kTile * at.step) * kTile + t % kTile;
+        shared.factor[t] = make_float2(0.0f, 0.0f);
+        if (query < 0 || query >= s.queries) continue;
+        const int64_t row = at.plane * s.queries + query, padded_row = at.plane * tokens + query;
+        const float q_scale = p.q_scale[row];
+        const float x = kTrain8 ? 1.0f / p.l[row] : 1.0f;
+        const float y = kTrain8 ? q_scale * (w.row_factor[padded_row] / (p.scale * (1.0f / 256.0f))) : q_scale;
+        if (is_finite(w.terms[padded_row].shift)) shared.factor[t] = make_float2(x, y);
+      }
+      __syncthreads();
+    }
+    if (!Piece::kReadsAhead) load_gradients(visit);
+    const float2* const factors = shared.factor + i % kChunk * kTile;
+    float x[kPerThread][kChannels], inverse[kChannels];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float factor = y_factor[permuted_token<Rows>(i)];
-    unpack_codes(x[i], q[i]);
+    for (int j = 0; j < kPerThread; ++j) {
+      const float factor = factors[permuted_token<Rows>(j)].x;
+      if (factor == 0.0f) d_out[j].clear();
+      d_out[j].unpack(x[j]);
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[i][c] *= factor;
+      for (int c = 0; c < kChannels; ++c) x[j][c] *= factor;
+    }
+    if (Piece::kReadsAhead) load_gradients(visit + at.step);
+    if (kTrain8) {
+      load_floats(inverse, shared.inverse[0] + channel);
+    } else {  // dO as one INT8 group; Q's codes, which share a scale, as they are
+      float largest = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kPerThread; ++j) largest = fmaxf(largest, largest_magnitude(x[j]));
+      const GroupScale codes = group_scale(block_max<Rows::kThreads>(largest, shared.scratch[0]), 127.0f);
+      const float q_scale = block_max<Rows::kThreads>(thread < kTile ? factors[thread].y : 0.0f, shared.scratch[1]);
+      if (thread == 0) w.scales[at.plane * at.tiles + tile_of(visit)] = {codes.scale, q_scale};
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) inverse[c] = codes.inverse;
+    }
+    stage_operand<kHeadDim, kTrain8>(shared.staged[0], x, inverse);
+
+#pragma unroll
+    for (int j = 0; j < kPerThread; ++j) {
+      const float2 factor = factors[permuted_token<Rows>(j)];
+      unpack_codes(x[j], q[j]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) x[j][c] *= kTrain8 ? factor.y : factor.x;
+    }
+    load_queries(visit + at.step);
+    if (kTrain8) load_floats(inverse, shared.inverse[1] + channel);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) inverse[c] = kTrain8 ? inverse[c] : 1.0f;
+    stage_operand<kHeadDim, kTrain8>(shared.staged[1], x, inverse);
+    __syncthreads();
+    const int64_t place = at.plane * kHeadDim * tokens + ptx::opaque(tile_of(visit)) * kTile;
+    shared.staged[0].store(w.x + place, tokens, ptx::opaque(thread));
+    shared.staged[1].store(w.y + place, tokens, ptx::opaque(thread));
   }
-  store_operand<kHeadDim, kTrain8>(staged, x, inverse, w.y + place(), tokens);
 }
 
-// z of one tile of 64 keys.
+// z of a share of a head's keys.
 template <int kHeadDim, bool kTrain8>
-__device__ void key_operands(const BackwardCall& p, const Place& at,
-                             TransposedTile<kHeadDim>& staged) {
+__device__ void key_operands(const BackwardCall& p, const HeadShare& at, OperandsShared<kHeadDim>& shared) {
   using Rows = RowBlock<kHeadDim>;
   const AttentionShape& s = p.shape;
-  const int tiles = tiles_of(s.keys), first = at.index * kTile, channel = Rows::channel();
-  const float k_scale = kTrain8 ? fabsf(p.k_scale[at.plane * tiles + at.index]) : 1.0f;
+  const int channel = Rows::channel(), thread = static_cast<int>(threadIdx.x);
+  const int64_t tokens = static_cast<int64_t>(at.tiles) * kTile;
+  // Where dQ comes beside dK and dV: keys 2q, 2q + 8, 2q + 1, 2q + 9, each beside that of the next eight.
+  const auto token = [&](int i) { return permuted_token<Rows>(p.adds_dq ? i / 2 + i % 2 * 2 : i); };
   uint2 k[kPerThread];
-  int8_t first_code[kPerThread];
+  const auto load = [&](int tile) {
+    const int8_t* const codes = p.k8 + (at.plane * s.keys + static_cast<int64_t>(tile) * kTile) * kHeadDim + channel;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    // Where dQ comes beside dK and dV: keys 2q, 2q + 8, 2q + 1, 2q + 9, each beside that of the next eight.
-    const int key = first + permuted_token<Rows>(p.adds_dq ? i / 2 + i % 2 * 2 : i);
-    const int64_t row = (at.plane * s.keys + key) * kHeadDim;
-    k[i] = make_uint2(0, 0);
-    first_code[i] = 0;
-    if (key >= s.keys) continue;
-    k[i] = load_codes(p.k8 + row + channel);
-    first_code[i] = p.k8[row];
+    for (int i = 0; i < kPerThread; ++i) {
+      k[i] = make_uint2(0, 0);
+      if (tile * kTile + token(i) < s.keys) k[i] = load_codes(codes + token(i) * kHeadDim);
+    }
+  };
+  load(at.first);
+  if (thread < kHeadDim) {
+    shared.inverse[0][thread] = kTrain8 ? inverse_scale(p.w.z_max[at.plane * kHeadDim + thread]) : 1.0f;
   }
-  __shared__ alignas(16) float z_inverse[kHeadDim];
-  for (int c = static_cast<int>(threadIdx.x); c < kHeadDim; c += Rows::kThreads) {
-    z_inverse[c] = kTrain8 ? inverse_scale(p.w.z_max[at.plane * kHeadDim + c]) : 1.0f;
-  }
-  __syncthreads();
-  float z[kPerThread][kChannels], inverse[kChannels];
-  load_floats(inverse, z_inverse + channel);
+#pragma unroll 1
+  for (int tile = at.first; tile < at.tiles; tile += at.step) {
+    const float k_scale = kTrain8 ? fabsf(p.k_scale[at.plane * at.tiles + tile]) : 1.0f;
+    __syncthreads();  // what was staged before has been read
+    float z[kPerThread][kChannels], inverse[kChannels];
+    load_floats(inverse, shared.inverse[0] + channel);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    unpack_codes(z[i], k[i]);
+    for (int i = 0; i < kPerThread; ++i) {
+      const float factor = bad_key<Rows::kThreadsPerToken>(k[i]) ? 0.0f : k_scale;
+      unpack_codes(z[i], k[i]);
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) z[i][c] *= first_code[i] == kBadCode ? 0.0f : k_scale;
+      for (int c = 0; c < kChannels; ++c) z[i][c] *= factor;
+    }
+    load(tile + at.step);
+    stage_operand<kHeadDim, kTrain8>(shared.staged[0], z, inverse);
+    __syncthreads();
+    shared.staged[0].store(p.w.z + at.plane * kHeadDim * tokens + ptx::opaque(tile) * kTile, tokens, ptx::opaque(thread));
   }
-  const int64_t tokens = static_cast<int64_t>(tiles) * kTile;
-  store_operand<kHeadDim, kTrain8>(staged, z, inverse, p.w.z + at.plane * kHeadDim * tokens + first,
-                          tokens);
 }
 
-// Blocks below `query_blocks` make x and y, the others z.
+// The first blocks make x and y, the others z.
 template <int kHeadDim, class Piece, bool kTrain8>
-__global__ void __launch_bounds__(2 * kHeadDim, kOperandsBlocks<kHeadDim, Piece>)
-    gradient_operands(const BackwardCall p) {
-  __shared__ TransposedTile<kHeadDim> staged;
+__global__ void __launch_bounds__(2 * kHeadDim, kOperandsBlocks<kHeadDim, kTrain8>)
+    gradient_operands(const PrepassCall call) {
+  __shared__ OperandsShared<kHeadDim> shared;
+  const BackwardCall& p = call.p;
   const AttentionShape& s = p.shape;
-  const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
-  const int query_blocks = q_tiles * s.heads * s.batch, block = static_cast<int>(blockIdx.x);
+  const int query_blocks = call.query_shares * s.heads * s.batch, block = static_cast<int>(blockIdx.x);
   if (block < query_blocks) {
-    query_operands<kHeadDim, Piece, kTrain8>(p, Place(block, q_tiles, s.heads), staged);
+    query_operands<kHeadDim, Piece, kTrain8>(p, HeadShare(block, s.heads, call.query_shares, s.queries), shared);
   } else {
-    key_operands<kHeadDim, kTrain8>(p, Place(block - query_blocks, kv_tiles, s.kv_heads), staged);
+    key_operands<kHeadDim, kTrain8>(p, HeadShare(block - query_blocks, s.kv_heads, call.key_shares, s.keys), shared);
   }
 }
 

@@ -5,6 +5,9 @@
 // The sums lie where dQ will lie, [B, T, N, H] of f16, times a power of two (`sum_factor`). finish_dq makes dQ of them.
 #pragma once
 
+#include <algorithm>
+
+#include "common/launch.h"
 #include "common/scale.cuh"
 #include "common/tile.cuh"
 #include "ptx/cvt.cuh"
@@ -145,55 +148,91 @@ struct DqPart {
 
 // ------------------------------------------------------------------------------------------------- dQ
 
-inline constexpr int kFinishThreads = 256, kFinishQueries = 64;
+inline constexpr int kFinishThreads = 256, kFinishBlocks = 3, kFinishRows = 4;  // blocks of a multiprocessor, queries of a thread
 
-// dQ from its sums, in place: a block has kFinishQueries queries of one head, a thread eight channels of some of them. Heads come
-// first: blocks at work at the same time read whole rows of memory.
+struct FinishCall {
+  BackwardCall p;
+  int shares;  // blocks that share a head's queries
+};
+
+// dQ from its sums, in place: a thread has eight channels of kFinishRows queries at a time, and reads the next ones while it
+// works on these. Blocks stay. Heads come first: blocks at work at the same time read whole rows of memory.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kFinishThreads) finish_dq(const BackwardCall p) {
-  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces, kRows = kFinishQueries / kAtOnce;
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) finish_dq(const FinishCall call) {
+  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces;
+  const BackwardCall& p = call.p;
   const AttentionShape& s = p.shape;
-  const int tiles = (s.queries + kFinishQueries - 1) / kFinishQueries, n = static_cast<int>(blockIdx.x) % s.heads;
-  const int tile = static_cast<int>(blockIdx.x) / s.heads % tiles, b = static_cast<int>(blockIdx.x) / s.heads / tiles;
+  const int n = static_cast<int>(blockIdx.x) % s.heads, share = static_cast<int>(blockIdx.x) / s.heads % call.shares;
+  const int b = static_cast<int>(blockIdx.x) / s.heads / call.shares;
   const int64_t plane = static_cast<int64_t>(b) * s.heads + n;
   const int piece = static_cast<int>(threadIdx.x) % kPieces;
-  const int first = tile * kFinishQueries + static_cast<int>(threadIdx.x) / kPieces;
-  uint4* const out = reinterpret_cast<uint4*>(p.dq) + piece;
-  uint4 sums[kRows];
-  float factor[kRows], dlse[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int query = first + kAtOnce * i;
-    sums[i] = make_uint4(0, 0, 0, 0);
-    factor[i] = dlse[i] = 0.0f;
-    if (query >= s.queries) continue;
-    sums[i] = out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces];
-    factor[i] = p.w.row_factor[plane * tiles_of(s.queries) * kTileQueries + query];
-    dlse[i] = p.l[plane * s.queries + query] != 0.0f ? p.dlse[plane * s.queries + query] * p.scale : 0.0f;
-  }
   const int64_t channel = (static_cast<int64_t>(b) * s.kv_heads + n / (s.heads / s.kv_heads)) * kHeadDim + 8 * piece;
+  const float* const row_factor = p.w.row_factor + plane * tiles_of(s.queries) * kTileQueries;
+  const int first = static_cast<int>(threadIdx.x) / kPieces;
+  const auto place = [&](int query) {
+    return reinterpret_cast<uint4*>(p.dq) + ((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces + piece;
+  };
+  struct Rows {
+    uint4 sums[kFinishRows];
+    float factor[kFinishRows], dlse[kFinishRows];
+  };
+  const auto load = [&](Rows& x, int tile) {
+#pragma unroll
+    for (int i = 0; i < kFinishRows; ++i) {
+      const int query = (tile * kFinishRows + i) * kAtOnce + first;
+      x.sums[i] = make_uint4(0, 0, 0, 0);
+      x.factor[i] = x.dlse[i] = 0.0f;
+      if (query >= s.queries) continue;
+      x.sums[i] = *place(query);
+      x.factor[i] = row_factor[query];
+      x.dlse[i] = p.dlse[plane * s.queries + query];
+    }
+  };
+  Rows next;
+  load(next, share);
   const float unscaled = 1.0f / sum_factor(s.keys);
   float scale[8];
 #pragma unroll
   for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max[channel + c]) * unscaled;
+#pragma unroll 1
+  for (int tile = share; tile * kFinishRows * kAtOnce < s.queries; tile += call.shares) {
+    const Rows x = next;
+    load(next, tile + call.shares);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int query = first + kAtOnce * i;
-    if (query >= s.queries) continue;
-    uint32_t x[4] = {sums[i].x, sums[i].y, sums[i].z, sums[i].w};
+    for (int i = 0; i < kFinishRows; ++i) {
+      const int query = (tile * kFinishRows + i) * kAtOnce + first;
+      if (query >= s.queries) continue;
+      uint32_t pairs[4] = {x.sums[i].x, x.sums[i].y, x.sums[i].z, x.sums[i].w};
+      float y[8];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float y[2];
-      ptx::cvt_f32_f16x2(y[0], y[1], x[j]);
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        y[c] *= factor[i] * scale[2 * j + c];
-        if (dlse[i] != 0.0f) y[c] = fmaf(dlse[i], p.k_mean[channel + 2 * j + c], y[c]);
+      for (int j = 0; j < 4; ++j) {
+        ptx::cvt_f32_f16x2(y[2 * j], y[2 * j + 1], pairs[j]);
+        y[2 * j] *= x.factor[i] * scale[2 * j];
+        y[2 * j + 1] *= x.factor[i] * scale[2 * j + 1];
       }
-      x[j] = p.dq_dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(y[0], y[1]) : ptx::cvt_f16x2_f32(y[0], y[1]);
+      if (x.dlse[i] != 0.0f && p.l[plane * s.queries + query] != 0.0f) {
+        const float dlse = x.dlse[i] * p.scale;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) y[c] = fmaf(dlse, p.k_mean[channel + c], y[c]);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        pairs[j] = p.dq_dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(y[2 * j], y[2 * j + 1])
+                                              : ptx::cvt_f16x2_f32(y[2 * j], y[2 * j + 1]);
+      }
+      *place(query) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
-    out[((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces] = make_uint4(x[0], x[1], x[2], x[3]);
   }
+}
+
+template <int kHeadDim>
+const char* launch_finish_dq(const BackwardCall& p, Stream stream) {
+  const AttentionShape& s = p.shape;
+  const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
+  const int64_t tiles = blocks_for(s.queries, kFinishRows * kFinishThreads / (kHeadDim / 8));
+  const int64_t shares = std::clamp<int64_t>(kFinishBlocks * static_cast<int64_t>(multiprocessors()) / planes, 1, tiles);
+  return launch(finish_dq<kHeadDim>, dim3(static_cast<unsigned>(planes * shares)), kFinishThreads, 0, stream,
+                FinishCall{p, static_cast<int>(shares)});
 }
 
 }  // namespace sage::sm90

@@ -55,12 +55,10 @@ const char* launch_at_once(const BackwardCall& p, Stream stream) {
   const char* error = plan_dkv<Config>(call, items);
   if (error != nullptr) return error;
   if (items > INT32_MAX / 2) return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
-  const AttentionShape& s = p.shape;
   call.crew = {0, static_cast<int>(std::min<int64_t>(items, multiprocessors()))};
   error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
   if (error != nullptr) return error;
-  return launch(finish_dq<Config::kHeadDim>, dim3(blocks_for(s.queries, kFinishQueries) * s.heads * s.batch),
-                kFinishThreads, 0, stream, p);
+  return launch_finish_dq<Config::kHeadDim>(p, stream);
 }
 
 template <class Config>
