@@ -146,8 +146,8 @@ inline int soak(const Options& o) {
       const Difference dq = compare(mine.dq, theirs.dq, floor);
       const Difference dk = compare(mine.dk, theirs.dk, floor);
       const Difference dv = compare(mine.dv, theirs.dv, floor);
-      // Largest of 800 problems (seeds 41 and 5): 1.3e-3. The order of sums differs, and the matrix unit's keep about
-      // 14 bits.
+      // The order of sums differs, the matrix unit's keep about 14 bits, and outputs in bf16 round by 2^-9 on either side
+      // (docs/kernels/sm90_backward.md has the largest differences seen).
       const double limit = 1e-2;
       good_gradients = std::max({dq.relative, dk.relative, dv.relative}) < limit &&
                        dq.odd + dk.odd + dv.odd == 0;

@@ -21,15 +21,6 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
 
-// Without a branch.
-__device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool counts) {
-  asm volatile(
-      "{ .reg .pred p; .reg .b64 state; setp.ne.b32 p, %1, 0; @p mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(
-          barrier),
-      "r"(static_cast<int>(counts))
-      : "memory");
-}
-
 // Arrives, and makes the phase wait for `bytes` of copies as well.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

@@ -1,13 +1,14 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
-//   clear_maxima      zeroes the maxima, and how many rows are taken                (train8)
-//   key_statistics    largest ‖V_j‖ of each head and largest |K̂| of each channel    (train8)
-//   query_terms       clears dQ where it is added up; per query: D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y
-//   gradient_operands x, y, z: 8-bit and transposed, tokens permuted by `pi`
+//   clear_maxima       zeroes the maxima, and how many rows are taken                       (train8)
+//   key_statistics     largest ‖V_j‖ of each head and largest |K̂| of each channel           (train8)
+//   query_terms        per query D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y; clears dQ where it
+//                      is added up                                                          (prepass_terms.cuh)
+//   gradient_operands  x, y, z: 8-bit and transposed, tokens permuted by `pi`               (prepass_operands.cuh)
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter.
 //
-// Requirements: sm_80. Memory bound: a block of 2·Hp threads reads 64 tokens at once, eight channels of
-// four tokens a thread (quantize/rows.cuh), before it uses the first. Nothing here depends on the values
-// of other tokens but the maxima, so every block is independent.
+// Requirements: sm_80. Memory bound: a block of 2·Hp threads takes tiles of 64 tokens, eight channels of four tokens a
+// thread (quantize/rows.cuh), and stays: as many blocks as fit share the tiles of each head (prepass_share.cuh). Nothing here
+// depends on the values of other tokens but the maxima.
 #include <algorithm>
 #include <cmath>
 
@@ -155,7 +156,7 @@ const char* start(const BackwardCall& p, Stream stream) {
   const int64_t places = multiprocessors();
   const char* error = nullptr;
   const auto run = [&](void (*kernel)(PrepassCall), int query_shares, int key_shares) {
-    const int64_t blocks = q_planes * query_shares + kv_planes * key_shares;
+    const int64_t blocks = std::max(q_planes * query_shares, kv_planes * key_shares);
     const PrepassCall call = {p, query_shares, key_shares};
     if (error == nullptr) error = launch(kernel, dim3(static_cast<unsigned>(blocks)), 2 * kHeadDim, 0, stream, call);
   };
@@ -166,11 +167,9 @@ const char* start(const BackwardCall& p, Stream stream) {
   }
   run(train8 ? query_terms<kHeadDim, Piece, true> : query_terms<kHeadDim, Piece, false>,
       shares_of(places * kTermsBlocks<kHeadDim>, q_tiles, q_planes), 0);
-  // A tile of queries is five parts of the bytes that the last launch moves, one of keys two.
-  const int64_t room = places * (train8 ? kOperandsBlocks<kHeadDim, true> : kOperandsBlocks<kHeadDim, false>), of_queries = 5 * q_planes * q_tiles;
-  const int64_t query_room = room * of_queries / std::max<int64_t>(of_queries + 2 * kv_planes * kv_tiles, 1);
+  const int64_t room = places * (train8 ? kOperandsBlocks<kHeadDim, true> : kOperandsBlocks<kHeadDim, false>);
   run(train8 ? gradient_operands<kHeadDim, Piece, true> : gradient_operands<kHeadDim, Piece, false>,
-      shares_of(query_room, q_tiles, q_planes), shares_of(room - query_room, kv_tiles, kv_planes));
+      shares_of(room, q_tiles, q_planes), shares_of(room, kv_tiles, kv_planes));
   return error;
 }
 

@@ -205,18 +205,20 @@ __device__ void key_operands(const BackwardCall& p, const HeadShare& at, Operand
   }
 }
 
-// The first blocks make x and y, the others z.
+// Every block makes x and y of its share of the queries, then z of its share of the keys.
 template <int kHeadDim, class Piece, bool kTrain8>
 __global__ void __launch_bounds__(2 * kHeadDim, kOperandsBlocks<kHeadDim, kTrain8>)
     gradient_operands(const PrepassCall call) {
   __shared__ OperandsShared<kHeadDim> shared;
   const BackwardCall& p = call.p;
   const AttentionShape& s = p.shape;
-  const int query_blocks = call.query_shares * s.heads * s.batch, block = static_cast<int>(blockIdx.x);
-  if (block < query_blocks) {
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < call.query_shares * s.heads * s.batch) {
     query_operands<kHeadDim, Piece, kTrain8>(p, HeadShare(block, s.heads, call.query_shares, s.queries), shared);
-  } else {
-    key_operands<kHeadDim, kTrain8>(p, HeadShare(block - query_blocks, s.kv_heads, call.key_shares, s.keys), shared);
+  }
+  __syncthreads();
+  if (block < call.key_shares * s.kv_heads * s.batch) {
+    key_operands<kHeadDim, kTrain8>(p, HeadShare(block, s.kv_heads, call.key_shares, s.keys), shared);
   }
 }
 

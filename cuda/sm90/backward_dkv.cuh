@@ -45,9 +45,9 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
   }
 }
 
-// Completes a call, which has `items` blocks of keys.
+// Completes a call, whose blocks are the first of the launch.
 template <class Config>
-const char* plan_dkv(DkvCall& call, int64_t& items) {
+const char* plan_dkv(DkvCall& call) {
   const BackwardCall& p = call.p;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& s = p.shape;
@@ -75,8 +75,8 @@ const char* plan_dkv(DkvCall& call, int64_t& items) {
   call.tiled_dv = leaves_in_tiles(p.dv_dtype, s);
   if (error == nullptr && call.tiled_dk) error = encode_output_map(call.dk, p.dk, s, s.keys, s.kv_heads);
   if (error == nullptr && call.tiled_dv) error = encode_output_map(call.dv, p.dv, s, s.keys, s.kv_heads);
-  items = kv_planes * call.key_blocks;
-  call.items = static_cast<int>(items);
+  call.items = static_cast<int>(kv_planes * call.key_blocks);
+  call.crew = {0, std::min(call.items, multiprocessors())};
   return error;
 }
 

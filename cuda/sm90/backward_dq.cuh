@@ -331,9 +331,9 @@ __device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shar
   }
 }
 
-// Completes a call, which has `items` blocks of queries.
+// Completes a call, whose blocks follow `first_block` others of the launch.
 template <class Config>
-const char* plan_dq(DqCall& call, int64_t& items) {
+const char* plan_dq(DqCall& call, int first_block) {
   const BackwardCall& p = call.p;
   constexpr int kHeadDim = Config::kHeadDim;
   const AttentionShape& s = p.shape;
@@ -353,8 +353,8 @@ const char* plan_dq(DqCall& call, int64_t& items) {
   map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
   call.tiled_dq = leaves_in_tiles(p.dq_dtype, s);
   if (error == nullptr && call.tiled_dq) error = encode_output_map(call.dq, p.dq, s, s.queries, s.heads);
-  items = planes * call.row_blocks;
-  call.items = static_cast<int>(items);
+  call.items = static_cast<int>(planes * call.row_blocks);
+  call.crew = {first_block, std::min(call.items, multiprocessors())};
   return error;
 }
 

@@ -20,8 +20,8 @@
 
 namespace sage::sm90 {
 
-// What keeps sums finite in 16 bits: a code is at most 448, so a key adds 448² at most, and rounding to nearest never more than
-// doubles a sum of magnitudes, whatever the order: 2 · 448² / 8 = 50176.
+// What keeps sums finite in 16 bits: a code is at most 448, so a key adds 448² at most, and rounding to nearest never more
+// than doubles a sum of magnitudes, whatever the order: 2 · 448² / 8 = 50176.
 SAGE_HOST_DEVICE float sum_factor(int keys) {
   float factor = 0x1p-3f;
   for (int64_t most = 1; most < keys; most *= 2) factor *= 0.5f;
@@ -148,7 +148,7 @@ struct DqPart {
 
 // ------------------------------------------------------------------------------------------------- dQ
 
-inline constexpr int kFinishThreads = 256, kFinishBlocks = 3, kFinishRows = 4;  // blocks of a multiprocessor, queries of a thread
+inline constexpr int kFinishThreads = 256, kFinishBlocks = 3, kFinishRows = 4;  // blocks of a multiprocessor, a thread's queries
 
 struct FinishCall {
   BackwardCall p;

@@ -1,6 +1,4 @@
 // train8 gradients on sm_90a by warpgroup-level products, where they fit; else by warp-level ones.
-#include <algorithm>
-
 #include "sm90/backward_dkv.cuh"
 #include "sm90/backward_dq.cuh"
 
@@ -51,49 +49,43 @@ __global__ void __launch_bounds__(Config::kThreads, 1) backward_at_once(const __
 template <class Config>
 const char* launch_at_once(const BackwardCall& p, Stream stream) {
   DkvCall call = {p};
-  int64_t items = 0;
-  const char* error = plan_dkv<Config>(call, items);
+  const char* error = plan_dkv<Config>(call);
   if (error != nullptr) return error;
-  if (items > INT32_MAX / 2) return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
-  call.crew = {0, static_cast<int>(std::min<int64_t>(items, multiprocessors()))};
   error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
-  if (error != nullptr) return error;
-  return launch_finish_dq<Config::kHeadDim>(p, stream);
+  return error != nullptr ? error : launch_finish_dq<Config::kHeadDim>(p, stream);
 }
 
 template <class Config>
 const char* launch_gradients(const BackwardCall& p, Stream stream) {
   GradientsCall call = {{p}, {p}};
-  int64_t dkv_items = 0, dq_items = 0;
-  const char* error = plan_dkv<typename Config::Dkv>(call.dkv, dkv_items);
-  if (error == nullptr) error = plan_dq<typename Config::Dq>(call.dq, dq_items);
+  const char* error = plan_dkv<typename Config::Dkv>(call.dkv);
+  if (error == nullptr) error = plan_dq<typename Config::Dq>(call.dq, call.dkv.crew.blocks);
   if (error != nullptr) return error;
-  if (dkv_items > INT32_MAX / 2 || dq_items > INT32_MAX / 2) {
-    return "sage_jax: batch · heads · length needs more than 2^30 blocks; split the batch.";
-  }
-  const auto blocks = [](int64_t items) { return static_cast<int>(std::min<int64_t>(items, multiprocessors())); };
-  call.dkv.crew = {0, blocks(dkv_items)};
-  call.dq.crew = {call.dkv.crew.blocks, blocks(dq_items)};
   return launch(backward_gradients<Config>, dim3(call.dq.crew.first + call.dq.crew.blocks), Config::kThreads,
                 Config::kSharedBytes, stream, call);
 }
 
 }  // namespace sm90
 
-bool adds_dq_sm90(const BackwardParams& p) {
+namespace {
+
+// Whether the kernels above take it. Tensor maps have no empty axes; attend_backward.cu keeps counts of blocks in range.
+bool takes_wgmma(const BackwardParams& p) {
   const AttentionShape& s = p.shape;
   const bool empty = s.batch == 0 || s.heads == 0 || s.queries == 0 || s.keys == 0;
-  return p.backward == Backward::kTrain8 && p.dp == DpFormat::kInt8 && !p.deterministic && !p.portable && !empty &&
-         s.padded_dim <= 128 && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 && p.dk_dtype != Dtype::kF32 &&
-         p.dv_dtype != Dtype::kF32;
+  return p.backward == Backward::kTrain8 && p.dp == DpFormat::kInt8 && !p.portable && !empty && s.padded_dim <= 128;
+}
+
+}  // namespace
+
+bool adds_dq_sm90(const BackwardParams& p) {
+  const AttentionShape& s = p.shape;
+  return takes_wgmma(p) && !p.deterministic && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 &&
+         p.dk_dtype != Dtype::kF32 && p.dv_dtype != Dtype::kF32;
 }
 
 const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
-  const bool empty = p.shape.batch == 0 || p.shape.heads == 0 || p.shape.queries == 0 ||
-                     p.shape.keys == 0;  // tensor maps have no empty axes
-  if (p.portable || empty || p.dp != DpFormat::kInt8 || p.shape.padded_dim > 128) {
-    return train8_gradients_sm90_mma(p, stream);
-  }
+  if (!takes_wgmma(p)) return train8_gradients_sm90_mma(p, stream);
   const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
   if (error != nullptr) return error;
   if (p.adds_dq) {
