@@ -17,7 +17,8 @@ size_t backward_workspace_bytes(const BackwardParams& params) {
 
 const char* attend_backward(const BackwardParams& params, Stream stream) {
   const int architecture = device_architecture();
-  const BackwardCall p(params, architecture / 10 == 9 && adds_dq_sm90(params));
+  BackwardCall p(params);
+  if (architecture / 10 == 9) choose_way_sm90(p);
   const AttentionShape& s = p.shape;
   constexpr int kMostSplits = 4;  // blocks that share a tile and split its channels
   const int64_t blocks = static_cast<int64_t>(s.batch) * kMostSplits *

@@ -99,8 +99,8 @@ def attend_backward_rows(
         ("y", gradient, (B, N, Hp, Tp)),
         ("z", gradient, (B, K, Hp, Sp)),
         # cleared at the start: bits of maxima, of channels of x, y, z and then the largest norm |V_j| of each head; how many
-        # blocks of keys and of queries are taken
-        ("maxima", "u32", (3 * B * K * Hp + B * K + 2,)),
+        # blocks of keys and of queries are taken, how often each head's dQ has been cleared and added to
+        ("maxima", "u32", (3 * B * K * Hp + 3 * B * K + 2,)),
     )
 
 

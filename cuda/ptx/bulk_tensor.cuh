@@ -42,6 +42,11 @@ __device__ __forceinline__ void cp_async_bulk_commit() { asm volatile("cp.async.
 __device__ __forceinline__ void cp_async_bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// Until what all but the latest kGroups groups have written is in memory, and seen by this thread.
+template <int kGroups>
+__device__ __forceinline__ void cp_async_bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kGroups) : "memory");
+}
 
 // Copies `bytes` neighbouring bytes, a multiple of 16; both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_bulk(uint32_t shared, const void* global, uint32_t bytes,

@@ -3,10 +3,11 @@
 // wait inside.
 //
 //   griddepcontrol_launch_dependents();   // the next kernel may start
-//   griddepcontrol_wait();                // in every thread, before the kernel reads or writes memory
+//   griddepcontrol_wait();                // in every thread, before the kernel reads or writes what the one before writes
 //
 // An early kernel without the wait would read what is not yet written, and so would the kernel after it, which waits for
-// this one alone; tools/census.py looks for it. A kernel that starts late can let the next one start early.
+// this one alone; tools/census.py looks for it. A kernel that is told by counters what is written (ptx/counters.cuh) waits
+// at its end, for the sake of the kernel after it. A kernel that starts late can let the next one start early.
 #pragma once
 
 namespace sage::ptx {

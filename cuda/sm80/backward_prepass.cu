@@ -1,5 +1,5 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in four launches:
-//   clear_maxima       zeroes the maxima, and how many rows are taken                       (train8)
+//   clear_maxima       zeroes the maxima, and what the gradient kernels count               (train8)
 //   key_statistics     largest ‖V_j‖ of each head and largest |K̂| of each channel           (train8)
 //   query_terms        per query D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y; clears dQ where it
 //                      is added up                                                          (prepass_terms.cuh)
@@ -40,7 +40,7 @@ __device__ __forceinline__ float norm(const float (&x)[kChannels], float largest
 __global__ void __launch_bounds__(kClearThreads) clear_maxima(const BackwardCall p) {
   const BackwardWorkspace& w = p.w;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kClearThreads + threadIdx.x;
-  if (i < w.taken + 2 - w.x_max) w.x_max[i] = 0;  // maxima, and what is taken
+  if (i < w.counters) w.x_max[i] = 0;
 }
 
 // The largest magnitudes of eight channels' codes over some tokens, in pairs of 16 bits: channels 0 and 2, 1 and 3, 4
@@ -152,7 +152,6 @@ const char* start(const BackwardCall& p, Stream stream) {
   const AttentionShape& s = p.shape;
   const int q_tiles = tiles_of(s.queries), kv_tiles = tiles_of(s.keys);
   const int64_t q_planes = static_cast<int64_t>(s.batch) * s.heads, kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
-  const int64_t maxima = p.w.taken + 2 - p.w.x_max;
   const int64_t places = multiprocessors();
   const char* error = nullptr;
   const auto run = [&](void (*kernel)(PrepassCall), int query_shares, int key_shares) {
@@ -162,7 +161,7 @@ const char* start(const BackwardCall& p, Stream stream) {
   };
   const bool train8 = p.backward == Backward::kTrain8;
   if (train8) {  // sagebwd's scales are found tile by tile
-    error = launch(clear_maxima, dim3(blocks_for(maxima, kClearThreads)), kClearThreads, 0, stream, p);
+    error = launch(clear_maxima, dim3(blocks_for(p.w.counters, kClearThreads)), kClearThreads, 0, stream, p);
     run(key_statistics<kHeadDim>, 0, shares_of(places * kStatisticsBlocks<kHeadDim>, kv_tiles, kv_planes));
   }
   run(train8 ? query_terms<kHeadDim, Piece, true> : query_terms<kHeadDim, Piece, false>,

@@ -35,7 +35,10 @@ struct BackwardWorkspace {
   uint32_t* y_max;        // [B, K, Hp]
   uint32_t* z_max;        // [B, K, Hp]
   uint32_t* v_max;        // [B, K] bits of the largest ‖V_j‖
-  uint32_t* taken;        // [2] blocks of rows that are taken, besides those dealt out: of keys, of queries
+  uint32_t* taken;        // [2] what is taken, besides what was dealt out: blocks of keys, blocks of queries
+  uint32_t* cleared;      // [B, K] blocks of keys that have cleared their share of the head's dQ
+  uint32_t* added;        // [B, K] warps that have added theirs to it
+  int64_t counters;       // from x_max to the last of `added`: what is zero before the pass
   void* masks;            // mask summaries
   size_t bytes;
 };
@@ -63,11 +66,14 @@ SAGE_HOST_DEVICE BackwardWorkspace backward_workspace(const BackwardParams& p) {
   w.x = row(queries * Hp);
   w.y = row(queries * Hp);
   w.z = row(kv * Hp * Sp);
-  w.x_max = reinterpret_cast<uint32_t*>(row((3 * kv * Hp + kv + 2) * 4));
+  w.x_max = reinterpret_cast<uint32_t*>(row((3 * kv * Hp + 3 * kv + 2) * 4));
   w.y_max = w.x_max + kv * Hp;
   w.z_max = w.y_max + kv * Hp;
   w.v_max = w.z_max + kv * Hp;
   w.taken = w.v_max + kv;
+  w.cleared = w.taken + 2;
+  w.added = w.cleared + kv;
+  w.counters = 3 * kv * Hp + 3 * kv + 2;
   w.masks = base + used;
   w.bytes = used;
   return w;
@@ -77,9 +83,12 @@ SAGE_HOST_DEVICE BackwardWorkspace backward_workspace(const BackwardParams& p) {
 // pointers cost no registers.
 struct BackwardCall : BackwardParams {
   BackwardWorkspace w;
-  bool adds_dq;  // dQ comes beside dK and dV (sm90/backward_dq_sums.cuh), and the keys of z in the order for that
-  explicit BackwardCall(const BackwardParams& params, bool adds_dq = false)
-      : BackwardParams(params), w(backward_workspace(params)), adds_dq(adds_dq) {}
+  // dQ comes beside dK and dV (sm90/backward_dq_sums.cuh), and the keys of z in the order for that. Of the heads of keys the
+  // first `cleared_heads` have their dQ cleared by the pre-pass.
+  bool adds_dq;
+  int cleared_heads;
+  explicit BackwardCall(const BackwardParams& params)
+      : BackwardParams(params), w(backward_workspace(params)), adds_dq(false), cleared_heads(0) {}
 };
 
 }  // namespace sage

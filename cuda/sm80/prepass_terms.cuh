@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_te
     channel_max[c / kHeadDim][c % kHeadDim] = 0;
     if (c < kHeadDim) v_mean[c] = p.v_mean[kv_plane * kHeadDim + c];
   }
+  const bool clears_dq = kTrain8 && kv_plane < p.cleared_heads;  // sm90/backward_dq_sums.cuh
   const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
   const float v_norm = kTrain8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
   __syncthreads();
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_te
       q[i] = make_uint2(0, 0);
       if (!inside) continue;
       if (kTrain8) q[i] = load_codes(p.q8 + codes_row + 16 * i * kHeadDim);
-      if (kTrain8 && p.adds_dq) {  // sm90/backward_dq_sums.cuh
+      if (clears_dq) {
         *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.dq) + to + channel) = make_uint4(0, 0, 0, 0);
       }
     }

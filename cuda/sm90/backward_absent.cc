@@ -3,7 +3,7 @@
 
 namespace sage {
 
-bool adds_dq_sm90(const BackwardParams&) { return false; }
+void choose_way_sm90(BackwardCall&) {}
 
 const char* train8_gradients_sm90(const BackwardCall& params, Stream stream) {
   return train8_gradients_sm90_mma(params, stream);

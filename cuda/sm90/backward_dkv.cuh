@@ -6,7 +6,8 @@
 // Requirements
 //   sm_90a; train8 with INT8 dO·Vᵀ; head dimension padded to 64 or 128; at least one query and one key;
 //   the workspace filled by sm80/backward_prepass.cu. With dQ: outputs of 16 bits, head dimension 64 or 128.
-// Roles: warp 0 copies; warpgroups of 64 keys compute. While one multiplies the other evaluates.
+// Roles: warp 0 copies, with dQ warp 1 clears sums to come; warpgroups of 64 keys compute. While one multiplies the other
+// evaluates.
 #pragma once
 
 #include "common/launch.h"
@@ -20,12 +21,12 @@ template <class Config>
 __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* shared) {
   const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
-    Config::barriers(base).init(4 * Config::kGroups);
+    Config::barriers(base).init(Config::kWarps, Config::kWithDq ? 1 : 0);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::scores_full(i), 1);
       ptx::mbarrier_init(base + Config::sums_full(i), 1);
-      ptx::mbarrier_init(base + Config::scores_empty(i), 4 * Config::kGroups);
-      ptx::mbarrier_init(base + Config::sums_empty(i), 4 * Config::kGroups);
+      ptx::mbarrier_init(base + Config::scores_empty(i), Config::kWarps);
+      ptx::mbarrier_init(base + Config::sums_empty(i), Config::kWarps);
     }
     for (int i = 0; i < Config::kCodesPlaces; ++i) {
       ptx::mbarrier_init(base + Config::codes_full(i), 128 * Config::kGroups);
@@ -37,7 +38,12 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x < kWarpSize) copy_queries<Config>(call, shared);
+    const int warp = static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize));
+    if (warp == 0) {
+      copy_queries<Config>(call, shared);
+    } else if (Config::kWithDq && warp == 1) {
+      clear_ahead<Config>(call, shared);
+    }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     DkvProgress progress = {0, DqPart<Config>::kFirst};
@@ -54,7 +60,7 @@ const char* plan_dkv(DkvCall& call) {
   const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
   const int64_t kv_planes = static_cast<int64_t>(s.batch) * s.kv_heads;
   const int64_t padded = static_cast<int64_t>(tiles_of(s.queries)) * 64;
-  call.key_blocks = (s.keys + Config::kRows - 1) / Config::kRows;
+  call.key_blocks = key_blocks<Config>(s);
   call.group_heads = s.heads / s.kv_heads;
   const char* error = nullptr;
   const auto map = [&](CUtensorMap& to, const TensorMapSpec& spec) {

@@ -41,7 +41,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   // K [128][kHeadDim] | V [128][kHeadDim] | with dQ: z, a tile [kHeadDim][64] of each warpgroup's keys
   //   | kStages × { Q | dO [64][kHeadDim], terms [64] } | kStages × { x | y [kHeadDim][64] }
   //   | exact sums of dK and dV of each warp; outputs
-  //   | with dQ: kCodesPlaces × { G [64][64] of each warpgroup's keys } | sums of dQ of each warp
+  //   | with dQ: kCodesPlaces × { G [64][64] of each warpgroup's keys } | sums of dQ of each warp | zeros for another's
   //   | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kRowsLoaded = (kWithDq ? 3 : 2) * kRowsBytes;
@@ -60,7 +60,8 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kCodesBytes = Block::kGroups * kCodesTile;
   static constexpr int kStagedAt = kCodesAt + kCodesPlaces * kCodesBytes;
   static constexpr int kStagedBytes = 16 * kOutTileColumns * 2;  // of a warp
-  static constexpr int kNotesAt = kStagedAt + (kWithDq ? kWarps * kStagedBytes : 0);
+  static constexpr int kZerosAt = kStagedAt + kWarps * kStagedBytes;
+  static constexpr int kNotesAt = kWithDq ? kZerosAt + kStagedBytes : kStagedAt;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount + kCodesPlaces);
@@ -79,6 +80,11 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
     return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];
   }
 };
+
+template <class Config>
+int key_blocks(const AttentionShape& shape) {  // of one head
+  return (shape.keys + Config::kRows - 1) / Config::kRows;
+}
 
 // Distances from the dense mask, and its summary, of the group's first head to those of another.
 struct MaskOffsets {

@@ -219,6 +219,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   };
   finish(dk, region, slot.factor, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
   finish(dv, region + Config::kWarpBytes, slot.factor + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
+  if constexpr (kWithDq) report_added(p.w.added + slot.kv_plane);
   ptx::mbarrier_arrive(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
 }
 

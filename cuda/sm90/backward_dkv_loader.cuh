@@ -1,6 +1,7 @@
 // The loader of backward_dkv.cuh: rows of keys, then tiles of the queries of all heads of their group.
 #pragma once
 
+#include "ptx/counters.cuh"
 #include "sm90/backward_dkv_config.cuh"
 
 namespace sage::sm90 {
@@ -62,6 +63,9 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
     if (!hand_out(barriers, slot, turn, item < call.items, [&] { describe_keys<Config>(call, slot, item); })) return;
     if (threadIdx.x == 0) {
       ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
+      if (Config::kWithDq && slot.kv_plane >= p.cleared_heads) {
+        ptx::wait_until_counted(p.w.cleared + slot.kv_plane, call.key_blocks);  // before anything is added to the head's dQ
+      }
       ptx::mbarrier_arrive_expect_tx(barriers.rows_full(), Config::kRowsLoaded);
       ptx::cp_async_bulk_tensor_3d(base, &call.k, barriers.rows_full(), 0, slot.row, slot.kv_plane);
       ptx::cp_async_bulk_tensor_3d(base + Config::kRowsBytes, &call.v, barriers.rows_full(), 0, slot.row, slot.kv_plane);

@@ -2,15 +2,14 @@
 // queries by keys; the product with a block's keys is added to the queries' sums in memory, in 16 bits
 // (docs/kernels/sm90_backward.md).
 //
-// The sums lie where dQ will lie, [B, T, N, H] of f16, times a power of two (`sum_factor`). finish_dq makes dQ of them.
+// The sums lie where dQ will lie, [B, T, N, H] of f16, times a power of two (`sum_factor`). They are cleared by the pre-pass
+// for the first heads (`BackwardCall::cleared_heads`), then a few heads ahead (`clear_ahead`), so that zeros still lie in the
+// L2 cache when something is added to them. finish_dq (backward_finish.cuh) makes dQ of them.
 #pragma once
 
-#include <algorithm>
-
-#include "common/launch.h"
-#include "common/scale.cuh"
 #include "common/tile.cuh"
-#include "ptx/cvt.cuh"
+#include "ptx/bulk_tensor.cuh"
+#include "ptx/counters.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
@@ -146,93 +145,66 @@ struct DqPart {
   }
 };
 
-// ------------------------------------------------------------------------------------------------- dQ
+// ------------------------------------------------------------------------------------------------- clearing, reporting
 
-inline constexpr int kFinishThreads = 256, kFinishBlocks = 3, kFinishRows = 4;  // blocks of a multiprocessor, a thread's queries
+inline constexpr int kMostZeros = 64;  // boxes of zeros that a block of keys may have to send
 
-struct FinishCall {
-  BackwardCall p;
-  int shares;  // blocks that share a head's queries
-};
+// Boxes of 16 queries by 64 channels that hold the dQ of one head of keys.
+SAGE_HOST_DEVICE int64_t boxes_of_head(const AttentionShape& s) {
+  return static_cast<int64_t>((s.queries + 15) / 16) * (s.padded_dim / kOutTileColumns) * (s.heads / s.kv_heads);
+}
 
-// dQ from its sums, in place: a thread has eight channels of kFinishRows queries at a time, and reads the next ones while it
-// works on these. Blocks stay. Heads come first: blocks at work at the same time read whole rows of memory.
-template <int kHeadDim>
-__global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) finish_dq(const FinishCall call) {
-  constexpr int kPieces = kHeadDim / 8, kAtOnce = kFinishThreads / kPieces;
+// How many heads of keys lie between the one that blocks work on and the one whose dQ they clear: those that two turns of
+// all blocks take. All, where a block would have too much to clear.
+template <class Config>
+int heads_cleared_before(const AttentionShape& s) {
+  const int64_t planes = static_cast<int64_t>(s.batch) * s.kv_heads, blocks = key_blocks<Config>(s);
+  if (boxes_of_head(s) > kMostZeros * blocks) return static_cast<int>(planes);
+  return static_cast<int>(std::min<int64_t>(planes, (2 * multiprocessors() + blocks - 1) / blocks));
+}
+
+// The part of warp 1: with each of its blocks of keys, a share of the dQ of a head to come.
+template <class Config>
+__device__ __forceinline__ void clear_ahead(const DkvCall& call, unsigned char* shared) {
   const BackwardCall& p = call.p;
   const AttentionShape& s = p.shape;
-  const int n = static_cast<int>(blockIdx.x) % s.heads, share = static_cast<int>(blockIdx.x) / s.heads % call.shares;
-  const int b = static_cast<int>(blockIdx.x) / s.heads / call.shares;
-  const int64_t plane = static_cast<int64_t>(b) * s.heads + n;
-  const int piece = static_cast<int>(threadIdx.x) % kPieces;
-  const int64_t channel = (static_cast<int64_t>(b) * s.kv_heads + n / (s.heads / s.kv_heads)) * kHeadDim + 8 * piece;
-  const float* const row_factor = p.w.row_factor + plane * tiles_of(s.queries) * kTileQueries;
-  const int first = static_cast<int>(threadIdx.x) / kPieces;
-  const auto place = [&](int query) {
-    return reinterpret_cast<uint4*>(p.dq) + ((static_cast<int64_t>(b) * s.queries + query) * s.heads + n) * kPieces + piece;
-  };
-  struct Rows {
-    uint4 sums[kFinishRows];
-    float factor[kFinishRows], dlse[kFinishRows];
-  };
-  const auto load = [&](Rows& x, int tile) {
+  const GradientBarriers barriers = Config::barriers(ptx::shared_address(shared));
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  uint4* const zeros = reinterpret_cast<uint4*>(shared + Config::kZerosAt);
 #pragma unroll
-    for (int i = 0; i < kFinishRows; ++i) {
-      const int query = (tile * kFinishRows + i) * kAtOnce + first;
-      x.sums[i] = make_uint4(0, 0, 0, 0);
-      x.factor[i] = x.dlse[i] = 0.0f;
-      if (query >= s.queries) continue;
-      x.sums[i] = *place(query);
-      x.factor[i] = row_factor[query];
-      x.dlse[i] = p.dlse[plane * s.queries + query];
-    }
-  };
-  Rows next;
-  load(next, share);
-  const float unscaled = 1.0f / sum_factor(s.keys);
-  float scale[8];
-#pragma unroll
-  for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max[channel + c]) * unscaled;
+  for (int i = 0; i < Config::kStagedBytes / 16; i += kWarpSize) zeros[i + lane] = make_uint4(0, 0, 0, 0);
+  ptx::fence_proxy_async_shared();
+  __syncwarp();
 #pragma unroll 1
-  for (int tile = share; tile * kFinishRows * kAtOnce < s.queries; tile += call.shares) {
-    const Rows x = next;
-    load(next, tile + call.shares);
-#pragma unroll
-    for (int i = 0; i < kFinishRows; ++i) {
-      const int query = (tile * kFinishRows + i) * kAtOnce + first;
-      if (query >= s.queries) continue;
-      uint32_t pairs[4] = {x.sums[i].x, x.sums[i].y, x.sums[i].z, x.sums[i].w};
-      float y[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        ptx::cvt_f32_f16x2(y[2 * j], y[2 * j + 1], pairs[j]);
-        y[2 * j] *= x.factor[i] * scale[2 * j];
-        y[2 * j + 1] *= x.factor[i] * scale[2 * j + 1];
-      }
-      if (x.dlse[i] != 0.0f && p.l[plane * s.queries + query] != 0.0f) {
-        const float dlse = x.dlse[i] * p.scale;
-#pragma unroll
-        for (int c = 0; c < 8; ++c) y[c] = fmaf(dlse, p.k_mean[channel + c], y[c]);
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        pairs[j] = p.dq_dtype == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(y[2 * j], y[2 * j + 1])
-                                              : ptx::cvt_f16x2_f32(y[2 * j], y[2 * j + 1]);
-      }
-      *place(query) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+  for (int turn = 0;; ++turn) {
+    ptx::mbarrier_wait(barriers.slot_full(turn % kGradientSlots), turn / kGradientSlots % 2);
+    const typename Config::Slot& slot = Config::slot(shared, turn);
+    const int row = slot.row, plane = slot.kv_plane + p.cleared_heads;
+    ptx::mbarrier_arrive(barriers.slot_empty(turn % kGradientSlots));
+    if (row == kNoRows) return;
+    if (plane >= s.batch * s.kv_heads || lane != 0) continue;
+    constexpr int kWidth = Config::kHeadDim / kOutTileColumns;
+    const int64_t boxes = boxes_of_head(s);
+    const int share = row / Config::kRows, columns = call.group_heads * kWidth;  // boxes beside each other
+    const int first = static_cast<int>(boxes * share / call.key_blocks);
+    const int end = static_cast<int>(boxes * (share + 1) / call.key_blocks);
+    const int column = plane % s.kv_heads * columns;
+#pragma unroll 1
+    for (int box = first; box < end; ++box) {
+      ptx::cp_async_bulk_tensor_3d_store(&call.dq, ptx::shared_address(zeros), (column + box % columns) * kOutTileColumns,
+                                         box / columns * 16, plane / s.kv_heads);
     }
+    ptx::cp_async_bulk_commit();
+    ptx::cp_async_bulk_wait<0>();
+    ptx::count_up(p.w.cleared + plane);
   }
 }
 
-template <int kHeadDim>
-const char* launch_finish_dq(const BackwardCall& p, Stream stream) {
-  const AttentionShape& s = p.shape;
-  const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
-  const int64_t tiles = blocks_for(s.queries, kFinishRows * kFinishThreads / (kHeadDim / 8));
-  const int64_t shares = std::clamp<int64_t>(kFinishBlocks * static_cast<int64_t>(multiprocessors()) / planes, 1, tiles);
-  return launch(finish_dq<kHeadDim>, dim3(static_cast<unsigned>(planes * shares)), kFinishThreads, 0, stream,
-                FinishCall{p, static_cast<int>(shares)});
+// By each consumer warp, behind its two last copies of outputs: all that it had to add before is in memory.
+__device__ __forceinline__ void report_added(uint32_t* added) {
+  if (threadIdx.x % kWarpSize != 0) return;
+  ptx::cp_async_bulk_wait<2>();
+  ptx::count_up(added);
 }
 
 }  // namespace sage::sm90

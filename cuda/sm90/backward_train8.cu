@@ -1,6 +1,7 @@
 // train8 gradients on sm_90a by warpgroup-level products, where they fit; else by warp-level ones.
 #include "sm90/backward_dkv.cuh"
 #include "sm90/backward_dq.cuh"
+#include "sm90/backward_finish.cuh"
 
 #include "sm80/backward.h"
 
@@ -42,6 +43,7 @@ struct AtOnceConfig : DkvConfig<kHeadDim, true> {};
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) backward_at_once(const __grid_constant__ DkvCall call) {
   extern __shared__ __align__(1024) unsigned char tiles_first[];
+  ptx::griddepcontrol_launch_dependents();  // finish_dq
   dkv_block<Config>(call, tiles_first);
 }
 
@@ -52,7 +54,7 @@ const char* launch_at_once(const BackwardCall& p, Stream stream) {
   const char* error = plan_dkv<Config>(call);
   if (error != nullptr) return error;
   error = launch(backward_at_once<Config>, dim3(call.crew.blocks), Config::kThreads, Config::kSharedBytes, stream, call);
-  return error != nullptr ? error : launch_finish_dq<Config::kHeadDim>(p, stream);
+  return error != nullptr ? error : launch_finish_dq<Config::kHeadDim>(p, Config::kWarps * call.key_blocks, stream);
 }
 
 template <class Config>
@@ -78,10 +80,13 @@ bool takes_wgmma(const BackwardParams& p) {
 
 }  // namespace
 
-bool adds_dq_sm90(const BackwardParams& p) {
+void choose_way_sm90(BackwardCall& p) {
   const AttentionShape& s = p.shape;
-  return takes_wgmma(p) && !p.deterministic && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 &&
-         p.dk_dtype != Dtype::kF32 && p.dv_dtype != Dtype::kF32;
+  p.adds_dq = takes_wgmma(p) && !p.deterministic && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 &&
+              p.dk_dtype != Dtype::kF32 && p.dv_dtype != Dtype::kF32;
+  if (!p.adds_dq) return;
+  p.cleared_heads = s.padded_dim == 64 ? sm90::heads_cleared_before<sm90::AtOnceConfig<64>>(s)
+                                       : sm90::heads_cleared_before<sm90::AtOnceConfig<128>>(s);
 }
 
 const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
