@@ -14,13 +14,12 @@ struct Channel {  // e4m3 scales of a head's channels: arrays of Hp
   float *scale, *inverse;
 };
 
-// Facts that the main pass needs and the first pass finds. Heads of channels and vmax are b K + k.
+// Facts that the main pass needs and the first pass finds. Heads of channels are b K + k.
 struct Prepared {
   const AttendBackward& p;
   const Shape& s;
   int64_t blocks;          // of 64 queries in a head
   float *delta, *r;        // [B, N, T]
-  float* v_max;            // [B, K]: the largest norm of a value
   float *x_amax, *y_amax;  // [B, N, blocks, Hp]
   Channel x, y, z;         // [B, K, Hp] each
 

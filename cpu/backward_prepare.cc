@@ -6,47 +6,11 @@
 namespace sage::SAGE_ISA {
 namespace {
 
-// ‖x‖, where x(h) gives the lanes from channel h on. Squares are taken relative to the largest entry,
-// so that those of tiny values do not underflow.
-template <class Row>
-float norm(int64_t Hp, Row x) {
-  F top{}, sum{};
-  for (int64_t h = 0; h < Hp; h += kLanes) top = max(top, absolute(x(h)));
-  float largest_entry = largest(top);
-  if (largest_entry < 0x1p-110f) return 0;
-  F inverse = splat(1 / largest_entry);
-  for (int64_t h = 0; h < Hp; h += kLanes) {
-    F y = x(h) * inverse;
-    sum += y * y;
-  }
-  return largest_entry * __builtin_sqrtf(total(sum));
-}
-
-// train8: the largest norm of a value, and the scale of each channel of K̂.
+// train8: the scale of each channel of K̂.
 void prepare_keys(const Prepared& f, int64_t head) {
-  const AttendBackward& p = f.p;
-  const Shape& s = f.s;
   Channel z = f.of(f.z, head);
-  f.v_max[head] = 0;
-  __builtin_memset(z.scale, 0, s.Hp * sizeof(float));
-  for (int64_t j = 0; j < s.S; ++j) {
-    int64_t tile = head * s.S64() + j / kTile, at = (head * s.S + j) * s.Hp;
-    float length = norm(s.Hp, [&](int64_t h) {
-      return p.dp == Dp::bf16
-                 ? load_bf16(static_cast<const uint16_t*>(p.v_dp) + at + h)
-                 : load_codes(static_cast<const int8_t*>(p.v_dp) + at + h) * p.v_dp_scale[tile];
-    });
-    if (length > f.v_max[head]) f.v_max[head] = length;
-    float k_scale = p.k_scale[tile];
-    if (k_scale < 0 && p.k8[at] == -128) continue;  // a bad key
-    F factor = splat(k_scale < 0 ? -k_scale : k_scale);
-    for (int64_t h = 0; h < s.Hp; h += kLanes) {
-      F magnitude = absolute(load_codes(p.k8 + at + h)) * factor;
-      store(z.scale + h, max(loadf(z.scale + h), magnitude));
-    }
-  }
-  for (int64_t h = 0; h < s.Hp; ++h) {
-    Group group(z.scale[h], 448);
+  for (int64_t h = 0; h < f.s.Hp; ++h) {
+    Group group(f.p.k_max[head * f.s.Hp + h], 448);
     z.scale[h] = group.scale;
     z.inverse[h] = group.inverse;
   }
@@ -96,7 +60,7 @@ void prepare_rows(const Prepared& f, Block& block, KeyTile& tile) {
     f.delta[at] = total(dot) - dlse;
     if (p.backward != Backward::train8) continue;
     float length = norm(s.Hp, [&](int64_t h) { return loadf(dout + h); });
-    f.r[at] = 2 / __builtin_sqrtf(s.H) * length * f.v_max[block.head()] + __builtin_fabsf(dlse);
+    f.r[at] = 2 / __builtin_sqrtf(s.H) * length * p.v_norm[block.head()] + __builtin_fabsf(dlse);
     F y_factor = splat(f.r[at] * block.inverse_l[r]);
     for (int64_t h = 0; h < s.Hp; h += kLanes) {
       F x = loadf(dout + h) * block.inverse_l[r];
@@ -142,7 +106,6 @@ Prepared prepare_backward(const AttendBackward& p, Scratch& memory, Pool& pool) 
                 blocks,
                 memory.take<float>(rows),
                 memory.take<float>(rows),
-                memory.take<float>(heads),
                 memory.take<float>(parts),
                 memory.take<float>(parts),
                 channel(),

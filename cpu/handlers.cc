@@ -80,7 +80,7 @@ Masks read_masks(Buffers& io, const Shape& s, int64_t window_left, int64_t windo
 ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                        int32_t pv, float v_range, int32_t smooth_k, int32_t smooth_v,
                        int32_t dp) {
-  Buffers io("sage_jax_quantize_kv", args, rets, 3, 8);
+  Buffers io("sage_jax_quantize_kv", args, rets, 3, 10);
   auto k = io.operand("k", {kF32, kF16, kBF16}, kRank4);
   auto d = k.dimensions();
   Shape s = {d[0], 0, d[1], 0, d[2], d[3], padded_head_dim(io, d[3])};
@@ -103,6 +103,8 @@ ffi::Error quantize_kv(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remai
   p.v_mean = data<float>(io.result("v_mean", {kF32}, channels));
   p.v_dp = data<void>(io.result("v_dp", {dp == 2 ? kBF16 : kS8}, dp ? dense : none));
   p.v_dp_scale = data<float>(io.result("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
+  p.k_max = data<float>(io.result("k_max", {kF32}, dp ? channels : none));
+  p.v_norm = data<float>(io.result("v_norm", {kF32}, dp ? Dims{s.B, s.K} : none));
   return run(io, kernels().quantize_kv, p, pool);
 }
 
@@ -167,7 +169,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                            int32_t backward, int32_t dp, int32_t exact_delta, int32_t /*deterministic*/, float scale,
                            int64_t window_left, int64_t window_right) {  // sums have one order in any case
-  Buffers io("sage_jax_attend_backward", args, rets, 18, 4);
+  Buffers io("sage_jax_attend_backward", args, rets, 20, 4);
   AttendBackward p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
   auto d = q8.dimensions();
@@ -183,6 +185,8 @@ ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
   p.k_mean = data<float>(io.operand("k_mean", {kF32}, {s.B, s.K, s.Hp}));
   p.v_dp = data<void>(io.operand("v_dp", {dp == 1 ? kS8 : kBF16}, dense));
   p.v_dp_scale = data<float>(io.operand("v_dp_scale", {kF32}, dp == 1 ? tiles : none));
+  p.k_max = data<float>(io.operand("k_max", {kF32}, {s.B, s.K, s.Hp}));
+  p.v_norm = data<float>(io.operand("v_norm", {kF32}, {s.B, s.K}));
   p.v_mean = data<float>(io.operand("v_mean", {kF32}, {s.B, s.K, s.Hp}));
   p.m = data<float>(io.operand("m", {kF32}, rows));
   p.l = data<float>(io.operand("l", {kF32}, rows));

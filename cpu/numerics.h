@@ -222,6 +222,22 @@ inline void store_row(Result to, int64_t offset, const float* from, int64_t H) {
   }
 }
 
+// ‖x‖, where x(h) gives the lanes from channel h on. Squares are taken relative to the largest entry,
+// so that those of tiny values do not underflow.
+template <class Row>
+inline float norm(int64_t Hp, Row x) {
+  F top{}, sum{};
+  for (int64_t h = 0; h < Hp; h += kLanes) top = max(top, absolute(x(h)));
+  float largest_entry = largest(top);
+  if (largest_entry < 0x1p-110f) return 0;
+  F inverse = splat(1 / largest_entry);
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F y = x(h) * inverse;
+    sum += y * y;
+  }
+  return largest_entry * __builtin_sqrtf(total(sum));
+}
+
 inline bool all_finite(const float* row, int64_t count) {
   I largest_bits{};
   for (int64_t h = 0; h < count; h += kLanes) {

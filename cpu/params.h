@@ -66,6 +66,7 @@ struct QuantizeKv {
   float* v_mean;
   void* v_dp;
   float* v_dp_scale;
+  float *k_max, *v_norm;
 };
 
 struct QuantizeQ {
@@ -144,7 +145,7 @@ struct AttendBackward {
   const int8_t* k8;
   const float *k_scale, *k_mean;
   const void* v_dp;
-  const float *v_dp_scale, *v_mean, *m, *l;
+  const float *v_dp_scale, *k_max, *v_norm, *v_mean, *m, *l;
   Array out, dout;
   const float* dlse;
   Masks masks;

@@ -247,6 +247,36 @@ void encode_v_dp(const Plan& plan, const TileAt& at, int64_t item, const TileScr
   }
 }
 
+// What the backward pass scales its operands by: the largest |K̂| of each channel, and norm of a row of v_dp.
+void find_largest(const Plan& plan, int64_t head) {
+  const QuantizeKv& p = plan.p;
+  const Shape& s = plan.s;
+  const bool* bad = plan.bad + head * s.Sp();
+  float *k_max = p.k_max + head * s.Hp, v_norm = 0;
+  __builtin_memset(k_max, 0, s.Hp * sizeof(float));
+  for (int64_t j = 0; j < s.S; ++j) {
+    int64_t tile = head * s.S64() + j / kTile, at = (head * s.S + j) * s.Hp;
+    float length = 0;
+    if (p.dp == Dp::bf16) {
+      length = norm(s.Hp, [&](int64_t h) { return load_bf16(static_cast<const uint16_t*>(p.v_dp) + at + h); });
+    } else {  // squares of codes add up exactly
+      F sum{};
+      for (int64_t h = 0; h < s.Hp; h += kLanes) {
+        F code = load_codes(static_cast<const int8_t*>(p.v_dp) + at + h);
+        sum += code * code;
+      }
+      length = __builtin_sqrtf(total(sum)) * p.v_dp_scale[tile];
+    }
+    if (length > v_norm) v_norm = length;
+    if (bad[j]) continue;
+    F scale = splat(__builtin_fabsf(p.k_scale[tile]));
+    for (int64_t h = 0; h < s.Hp; h += kLanes) {
+      store(k_max + h, max(loadf(k_max + h), absolute(load_codes(p.k8 + at + h)) * scale));
+    }
+  }
+  p.v_norm[head] = v_norm;
+}
+
 }  // namespace
 
 void quantize_kv(const QuantizeKv& p, Pool& pool) {
@@ -285,6 +315,10 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
       if (p.pv != Pv::e4m3 && p.smooth_v) subtract(scratch.v, v_mean, plan, at);
       encode_v_dp(plan, at, item, scratch);
     }
+  });
+  if (p.dp == Dp::none) return;
+  on_workers(pool, heads, [&](Items& work) {
+    for (int64_t head; work.take(&head);) find_largest(plan, head);
   });
 }
 

@@ -29,14 +29,14 @@ PLATFORMS = {
 }  # of a native implementation: the name XLA registers it under
 
 LAYOUTS = {  # operands, results: see _batching.py
-    "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK. BK.. BK."),
+    "quantize_kv": ("B.K. B.K. B.", "BK.. BK. BK. BK.. BK. BK. BK.. BK. BK. BK"),
     "quantize_q": ("B.N. BK. B.", "BN.. BN. BN."),
     "attend": (
         "BN.. BN. BN. BK.. BK. BK.. BK. BK. B. B. B. bn.. bn..",
         "B.N. BN. BN. BN.",
     ),
     "attend_backward": (
-        "BN.. BN. BK.. BK. BK. BK.. BK. BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
+        "BN.. BN. BK.. BK. BK. BK.. BK. BK. BK BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
         "B.N. B.K. B.K. BN..",
     ),
     **nvfp4.LAYOUTS,
@@ -158,6 +158,8 @@ def _result_types(name, settings: Settings, operands):
             ((B, K, padded), jnp.float32),
             v_dp[settings.dp],
             ((B, K, tiles) if settings.dp == "int8" else none, jnp.float32),
+            ((B, K, padded) if settings.dp else none, jnp.float32),
+            ((B, K) if settings.dp else none, jnp.float32),
         )
     if name == "quantize_q":
         B, T, N, _ = operands[0].shape
@@ -291,7 +293,7 @@ def _reference(name, settings: Settings, *operands):
         q8, q_scale, lse_shift, k8, k_scale, v_pv, v_scale, v_mean = operands[:8]
         return reference.attend(
             QuantizedQ(q8, q_scale, lse_shift),
-            QuantizedKV(k8, k_scale, None, v_pv, v_scale, v_mean, None, None),
+            QuantizedKV(k8, k_scale, None, v_pv, v_scale, v_mean, None, None, None, None),
             masks,
             pv=recipe.pv,
             f16_accumulate=recipe.f16_accumulate,
@@ -300,10 +302,10 @@ def _reference(name, settings: Settings, *operands):
             head_dim=settings.head_dim,
             out_dtype=settings.dtype,
         )
-    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, v_mean, *rows = operands[:-5]
+    q8, q_scale, k8, k_scale, k_mean, v_dp, v_dp_scale, k_max, v_norm, v_mean, *rows = operands[:-5]
     return reference.attend_backward(
         QuantizedQ(q8, q_scale, None),
-        QuantizedKV(k8, k_scale, k_mean, None, None, v_mean, v_dp, v_dp_scale),
+        QuantizedKV(k8, k_scale, k_mean, None, None, v_mean, v_dp, v_dp_scale, k_max, v_norm),
         *rows,
         masks,
         backward=recipe.backward,
@@ -381,7 +383,8 @@ def _by_platform(name, settings: Settings, *operands):
 def _given_results(name, settings: Settings, given):
     """Which results an operation with these operands has; the others are zero-size."""
     if name == "quantize_kv":
-        return (True,) * 6 + (settings.dp is not None, settings.dp == "int8")
+        kept = settings.dp is not None
+        return (True,) * 6 + (kept, settings.dp == "int8", kept, kept)
     if name == "attend_backward":
         return True, True, True, given[-1]
     return (True,) * len(LAYOUTS[name][1].split())

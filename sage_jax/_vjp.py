@@ -82,7 +82,7 @@ def attention(settings: Settings, q, k, v, masks: Masks):
 def _attention_fwd(settings, q, k, v, masks):
     check_differentiable(settings.recipe)
     qq, kv, (out, lse, m, l) = _forward(_for_backward(settings), q, k, v, masks)
-    values = kv.v_dp, kv.v_dp_scale, kv.v_mean
+    values = kv.v_dp, kv.v_dp_scale, kv.k_max, kv.v_norm, kv.v_mean
     kept = qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, *values, m, l, out
     kept = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), kept)
     if settings.recipe.fp4:

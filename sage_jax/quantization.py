@@ -34,6 +34,8 @@ class QuantizedKV(NamedTuple):
     v_mean: jax.Array
     v_dp: jax.Array
     v_dp_scale: jax.Array
+    k_max: jax.Array
+    v_norm: jax.Array
 
 
 class QuantizedQ(NamedTuple):
@@ -148,3 +150,27 @@ def untranspose_tokens(x: jax.Array, tokens: int) -> jax.Array:
 def expand_tiles(scale: jax.Array, tokens: int) -> jax.Array:
     """[..., tiles] -> [..., tokens]: each tile's scale repeated for its 64 tokens."""
     return jnp.repeat(scale, TILE, axis=-1)[..., :tokens]
+
+
+def dequantized_keys(kv: QuantizedKV) -> jax.Array:
+    """K̂ = k8 · |k_scale|, float32 [B, K, S, Hp]; zero for keys that hold a NaN or Inf."""
+    keys = kv.k8.shape[2]
+    bad = (kv.k8[..., 0] == BAD_CODE)[..., None]
+    scale = expand_tiles(jnp.abs(kv.k_scale), keys)
+    return jnp.where(bad, 0.0, kv.k8.astype(jnp.float32)) * scale[..., None]
+
+
+def row_norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm over channels; squares are taken of x relative to its largest entry, so that none underflows."""
+    top = jnp.max(jnp.abs(x), axis=-1)
+    scaled = jnp.where((top < TINY)[..., None], 0.0, x / jnp.maximum(top, TINY)[..., None])
+    return top * jnp.sqrt(jnp.sum(scaled**2, axis=-1))
+
+
+def largest_norm(kv: QuantizedKV, dp: str) -> jax.Array:
+    """The largest ‖v_dp_j‖ over the keys [B, K]; of INT8 codes the squares add up exactly."""
+    if dp == "bf16":
+        return jnp.max(row_norm(kv.v_dp.astype(jnp.float32)), axis=-1, initial=0.0)
+    squares = jnp.sum(kv.v_dp.astype(jnp.int32) ** 2, axis=-1)
+    norms = jnp.sqrt(squares.astype(jnp.float32)) * expand_tiles(kv.v_dp_scale, squares.shape[-1])
+    return jnp.max(norms, axis=-1, initial=0.0)

@@ -95,7 +95,14 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     deviations = jnp.where(used, v - v_mean[..., None, :], 0.0)
     v_pv, v_scale = _values_for_pv(deviations if pv == "e4m3" else v, pv, v_range)
     v_dp, v_dp_scale = _values_for_dp(deviations, dp)
-    return QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale)
+    absent = jnp.zeros((0,), F32)
+    kv = QuantizedKV(
+        k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale, absent, absent
+    )  # fmt: skip
+    if dp is None:
+        return kv
+    k_max = jnp.max(jnp.abs(qz.dequantized_keys(kv)), axis=2, initial=0.0)
+    return kv._replace(k_max=k_max, v_norm=qz.largest_norm(kv, dp))
 
 
 def _int8_tiles(x):
@@ -353,7 +360,7 @@ def attend_backward(
         delta = jnp.sum(dout * (out - kv.v_mean[:, :, None, None, :]), axis=-1) - dlse
 
     if backward == "train8":
-        dq, dk, dv = _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim, dp)
+        dq, dk, dv = _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim)
     else:
         dq, dk, dv = _sagebwd(qq, kv, e, d_p, delta, dout, inverse_l, scale)
     dq = dq + np.float32(scale) * dlse[..., None] * kv.k_mean[:, :, None, None, :]
@@ -389,13 +396,6 @@ def _dout_times_values(dout, kv, dp):
     return products * (scale[..., None] * column[:, :, None, None, :])
 
 
-def _dequantized_keys(kv):
-    keys = kv.k8.shape[2]
-    bad = (kv.k8[..., 0] == qz.BAD_CODE)[..., None]
-    scale = qz.expand_tiles(jnp.abs(kv.k_scale), keys)
-    return jnp.where(bad, 0.0, kv.k8.astype(F32)) * scale[..., None]
-
-
 def _e4m3_channels(x, axes):
     """e4m3 values (as float32) and scale per channel, the maximum running over `axes`."""
     amax = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0.0)
@@ -403,21 +403,11 @@ def _e4m3_channels(x, axes):
     return qz.round_e4m3(x * inverse), scale
 
 
-def _norm(x):
-    """Euclidean norm over channels; squares are taken of x relative to its largest entry, so that none underflows."""
-    top = jnp.max(jnp.abs(x), axis=-1)
-    scaled = jnp.where((top < qz.TINY)[..., None], 0.0, x / jnp.maximum(top, qz.TINY)[..., None])
-    return top * jnp.sqrt(jnp.sum(scaled**2, axis=-1))
-
-
-def _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim, dp):
+def _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim):
     """All products in 8 bits, every scale known before the loop (docs/numerics.md)."""
     kv_heads = kv.k8.shape[1]
-    values = kv.v_dp.astype(F32)
-    if dp == "int8":
-        values = values * qz.expand_tiles(kv.v_dp_scale, values.shape[2])[..., None]
-    v_max = jnp.max(_norm(values), axis=-1, initial=0.0)[:, :, None, None]
-    r = np.float32(2.0 / np.sqrt(head_dim)) * _norm(dout) * v_max + jnp.abs(dlse)
+    v_norm = kv.v_norm[:, :, None, None]
+    r = np.float32(2.0 / np.sqrt(head_dim)) * qz.row_norm(dout) * v_norm + jnp.abs(dlse)
     nothing = r < np.float32(2.0**-100)  # 1/r could overflow: such rows carry no gradient
     inverse_r = jnp.where(nothing, 0.0, 1.0 / jnp.where(nothing, 1.0, r))
 
@@ -425,7 +415,8 @@ def _train8(qq, kv, e, d_p, delta, dout, dlse, inverse_l, scale, head_dim, dp):
     queries = _group(qq.q8.astype(F32) * q_scale[..., None], kv_heads)
     x, x_scale = _e4m3_channels(dout * inverse_l[..., None], (2, 3))
     y, y_scale = _e4m3_channels(queries * (r * inverse_l)[..., None], (2, 3))
-    z, z_scale = _e4m3_channels(_dequantized_keys(kv), (2,))
+    z_scale, inverse = qz.scale_and_inverse(kv.k_max[:, :, None], qz.E4M3_MAX)
+    z = qz.round_e4m3(qz.dequantized_keys(kv) * inverse)
 
     p = qz.round_e4m3(e * P_SCALE)
     g = qz.round_e4m3(e * (d_p - delta[..., None]) * (P_SCALE * inverse_r)[..., None])

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from sage_jax.quantization import QuantizedKV
+
 
 def _f64(x):
     return np.asarray(x).astype(np.float64).ravel()
@@ -33,3 +35,13 @@ def assert_same_bits(actual, expected, name=""):
             f"{name}: {different.sum()} of {actual.size} entries differ, first at {where}: "
             f"{actual[where]!r}, not {expected[where]!r}"
         )
+
+
+def assert_same_keys_and_values(actual, expected):
+    """Fails unless two QuantizedKV agree in every bit, but for `v_norm`: its squares may be added in another order."""
+    for name, a, e in zip(QuantizedKV._fields, actual, expected, strict=True):
+        assert (a is None) == (e is None), name
+        if a is not None and name == "v_norm":
+            np.testing.assert_allclose(a, e, rtol=1e-6, err_msg=name)
+        elif a is not None:
+            assert_same_bits(a, e, name)

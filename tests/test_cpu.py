@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from instruction_sets import ISAS
-from metrics import assert_same_bits, relative_l2
+from metrics import assert_same_bits, assert_same_keys_and_values, relative_l2
 
 from sage_jax import _native_cpu, masking, reference
 from sage_jax.quantization import QuantizedKV, QuantizedQ
@@ -47,6 +47,8 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp):
         (channels, F32),
         (dense if dp else (0,), jnp.bfloat16 if dp == "bf16" else S8),
         (scales if dp == "int8" else (0,), F32),
+        (channels if dp else (0,), F32),
+        (channels[:2] if dp else (0,), F32),
     ]
     attributes = dict(
         pv=np.int32(PV[pv]),
@@ -105,7 +107,8 @@ def attend_backward(
     batch, keys = qq.q8.shape[0], kv.k8.shape[2]
     kv_shape = (batch, keys, kv.k8.shape[1], out.shape[-1])
     logits = (*l.shape, keys) if with_dlogits else (0, 0, 0, 0)
-    operands = (qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, kv.v_mean)
+    keys_and_values = (kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale, kv.k_max, kv.v_norm)
+    operands = (qq.q8, qq.q_scale, *keys_and_values, kv.v_mean)
     return call(
         "sage_jax_attend_backward",
         [(out.shape, dtypes[0]), (kv_shape, dtypes[1]), (kv_shape, dtypes[2]), (logits, F32)],
@@ -177,8 +180,7 @@ def expected_forward(case, recipe):
 
 def check_quantisers(case, recipe):
     (q, k, v, _, _, masks), (kv, qq, q_options), _ = expected_forward(case, recipe)
-    for name, actual in quantize_kv(k, v, masks.bounds, **kv_options(recipe))._asdict().items():
-        assert_same_bits(actual, getattr(kv, name), name)
+    assert_same_keys_and_values(quantize_kv(k, v, masks.bounds, **kv_options(recipe)), kv)
     actual = quantize_q(q, kv.k_mean, masks.bounds, **q_options)
     assert_same_bits(actual.q8, qq.q8, "q8")
     assert_same_bits(actual.q_scale, qq.q_scale, "q_scale")
@@ -271,7 +273,7 @@ def test_scores_are_the_same_integers_on_every_instruction_set(head_dim, isa):
     channels = ones(1, 1, head_dim)
     kv = QuantizedKV(
         jnp.asarray(k8), ones(1, 1, 2), channels, v, channels, channels,
-        jnp.zeros((0,), S8), jnp.zeros((0,), F32),
+        jnp.zeros((0,), S8), *(jnp.zeros((0,), F32),) * 3,
     )  # fmt: skip
     unit = np.float32(1 / 8)
     options = dict(pv="e4m3", f16_accumulate=False, scale=unit, head_dim=head_dim, out_dtype=F32)
@@ -305,8 +307,7 @@ def test_quantisers_on_awkward_values(dtype, pv):
         smooth = dict(smooth_k=smooth_k, smooth_v=pv == "e4m3" and dp != "bf16")
         options = dict(pv=pv, v_range=448.0, dp=dp, **smooth)
         expected = jax.jit(functools.partial(reference.quantize_kv, **options))(k, v, bounds)
-        for name, actual in quantize_kv(k, v, bounds, **options)._asdict().items():
-            assert_same_bits(actual, getattr(expected, name), f"{name} with dp {dp}")
+        assert_same_keys_and_values(quantize_kv(k, v, bounds, **options), expected)
     for q_block in (1, 50, 64, 512):
         options = dict(q_block=q_block, scale=0.125)
         actual = quantize_q(q, expected.k_mean, bounds, **options)

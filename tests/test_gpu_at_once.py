@@ -40,6 +40,10 @@ CASES = [
     Case("tall", T=900, S=200, right=0, bottom_right=True, **LONG_MASK),
     Case("segments", T=700, S=700, right=0, segments=True),
     Case("mask", T=300, S=400, N=4, K=2, mask=(1, 1, 1, 1), empty_rows=True),
+    # more blocks of keys than two turns of a GPU: dQ of most heads is cleared while that of others is added up
+    Case("many_heads", B=2, T=390, S=400, N=80, K=80),
+    Case("many_heads_causal", B=3, T=700, S=700, N=48, K=24, right=0),
+    Case("many_heads_tall", B=4, T=1000, S=130, N=80, K=80),
     Case("everything", T=390, S=370, N=4, K=2, segments=True, mask=(1, 0, 1, 1), left=90, right=0, **LONG_MASK),
 ]
 CASES = [

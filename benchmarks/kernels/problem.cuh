@@ -116,7 +116,7 @@ struct Problem {
   Buffer<float> q_scale, lse_shift, k_scale, k_mean, v_scale, v_mean;
   Buffer<uint8_t> v_pv, quantize_workspace, workspace{0};
   Buffer<int8_t> v_dp;
-  Buffer<float> v_dp_scale;
+  Buffer<float> v_dp_scale, k_max, v_norm;
 
   static size_t pv_bytes(const AttentionShape& s, PvFormat pv) {
     const size_t planes = static_cast<size_t>(s.batch) * s.kv_heads * s.padded_dim;
@@ -142,7 +142,9 @@ struct Problem {
         v_pv(pv_bytes(s, format)),
         quantize_workspace(quantize_kv_workspace_bytes(s)),
         v_dp(k8.count),
-        v_dp_scale(k_scale.count) {
+        v_dp_scale(k_scale.count),
+        k_max(k_mean.count),
+        v_norm(static_cast<size_t>(s.batch) * s.kv_heads) {
     float sigmas[3] = {sigma, sigma, 1.0f};
     Buffer<uint16_t>* const tensors[3] = {&q, &k, &v};
     for (int i = 0; i < 3; ++i) {
@@ -174,7 +176,7 @@ struct Problem {
     p.k8 = k8.data, p.k_scale = k_scale.data, p.k_mean = k_mean.data;
     p.v_pv = v_pv.data, p.v_scale = v_scale.data, p.v_mean = v_mean.data;
     p.workspace = quantize_workspace.data;
-    p.v_dp = v_dp.data, p.v_dp_scale = v_dp_scale.data;
+    p.v_dp = v_dp.data, p.v_dp_scale = v_dp_scale.data, p.k_max = k_max.data, p.v_norm = v_norm.data;
     check(quantize_kv(p, nullptr));
   }
 
@@ -235,7 +237,7 @@ struct Gradients {
     p.exact_delta = exact, p.scale = x.scale, p.portable = portable, p.deterministic = deterministic;
     p.q8 = x.q8.data, p.q_scale = x.q_scale.data, p.k8 = x.k8.data, p.k_scale = x.k_scale.data;
     p.k_mean = x.k_mean.data, p.v_dp = x.v_dp.data, p.v_dp_scale = x.v_dp_scale.data;
-    p.v_mean = x.v_mean.data;
+    p.k_max = x.k_max.data, p.v_norm = x.v_norm.data, p.v_mean = x.v_mean.data;
     p.m = forward.m.data, p.l = forward.l.data, p.out_dtype = Dtype::kBf16, p.out = out.data;
     p.dout = dout.data, p.dlse = dlse.data, p.dq_dtype = p.dk_dtype = p.dv_dtype = dtype;
     p.dq = dq.data, p.dk = dk.data, p.dv = dv.data;

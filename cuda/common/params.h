@@ -58,6 +58,8 @@ struct QuantizeKvParams {
   float* v_mean;      // [B, K, Hp]
   void* v_dp;         // by dp
   float* v_dp_scale;  // [B, K, S64] for kInt8
+  float* k_max;       // [B, K, Hp] unless dp is kNone
+  float* v_norm;      // [B, K] unless dp is kNone
   void* workspace;    // quantize_kv_workspace_bytes(shape), 256-byte aligned
 };
 
@@ -113,6 +115,8 @@ struct BackwardParams {
   const float* k_mean;      // [B, K, Hp]
   const void* v_dp;         // [B, K, S, Hp], s8 or bf16
   const float* v_dp_scale;  // [B, K, S64] for kInt8
+  const float* k_max;       // [B, K, Hp]
+  const float* v_norm;      // [B, K]
   const float* v_mean;      // [B, K, Hp]
   const float* m;           // [B, N, T]
   const float* l;           // [B, N, T]

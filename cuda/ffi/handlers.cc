@@ -14,7 +14,7 @@ DataType pv_type(int32_t pv) {
 
 ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, Out k_scale,
                                Out k_mean, Out v_pv, Out v_scale, Out v_mean, Out v_dp,
-                               Out v_dp_scale, Out workspace, int32_t pv, float v_range,
+                               Out v_dp_scale, Out k_max, Out v_norm, Out workspace, int32_t pv, float v_range,
                                int32_t smooth_k, int32_t smooth_v, int32_t dp) {
   Check check("sage_jax_quantize_kv");
   const int64_t B = axis(k, 0), S = axis(k, 1), K = axis(k, 2), H = axis(k, 3), Hp = axis(*k8, 3);
@@ -39,6 +39,8 @@ ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, 
   check.buffer("v_dp", *v_dp, dp == 0 ? Shape{0} : Shape{B, K, S, Hp},
                {dp == 2 ? DataType::BF16 : DataType::S8});
   check.buffer("v_dp_scale", *v_dp_scale, dp == 1 ? Shape{B, K, S64} : Shape{0}, {DataType::F32});
+  check.buffer("k_max", *k_max, dp == 0 ? Shape{0} : Shape{B, K, Hp}, {DataType::F32});
+  check.buffer("v_norm", *v_norm, dp == 0 ? Shape{0} : Shape{B, K}, {DataType::F32});
 
   QuantizeKvParams params = {};
   params.shape = {int(B), 0, int(S), 0, int(K), int(H), int(Hp)};
@@ -60,6 +62,8 @@ ffi::Error quantize_kv_handler(Stream stream, Arg k, Arg v, Arg bounds, Out k8, 
   params.v_mean = data<float>(*v_mean);
   params.v_dp = data<void>(*v_dp);
   params.v_dp_scale = data<float>(*v_dp_scale);
+  params.k_max = data<float>(*k_max);
+  params.v_norm = data<float>(*v_norm);
   params.workspace = data<void>(*workspace);
   check_workspace(check, workspace, quantize_kv_workspace_bytes(params.shape));
   if (check.failed()) return check.result();
@@ -162,8 +166,8 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
 }
 
 ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, Arg k_scale,
-                                   Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg v_mean, Arg m, Arg l,
-                                   Arg out, Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg,
+                                   Arg k_mean, Arg v_dp, Arg v_dp_scale, Arg k_max, Arg v_norm, Arg v_mean, Arg m,
+                                   Arg l, Arg out, Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg,
                                    Arg mask, Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
                                    int32_t backward, int32_t dp, int32_t exact_delta,
                                    int32_t deterministic, float scale, int64_t window_left, int64_t window_right) {
@@ -178,6 +182,8 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   check.buffer("v_dp", v_dp, {B, K, S, Hp}, {dp == 1 ? DataType::S8 : DataType::BF16});
   check.buffer("v_dp_scale", v_dp_scale, dp == 1 ? Shape{B, K, tiles64(S)} : Shape{0},
                {DataType::F32});
+  check.buffer("k_max", k_max, {B, K, Hp}, {DataType::F32});
+  check.buffer("v_norm", v_norm, {B, K}, {DataType::F32});
   check.buffer("v_mean", v_mean, {B, K, Hp}, {DataType::F32});
   check.buffer("m", m, {B, N, T}, {DataType::F32});
   check.buffer("l", l, {B, N, T}, {DataType::F32});
@@ -205,6 +211,8 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   params.k_mean = data<const float>(k_mean);
   params.v_dp = data<const void>(v_dp);
   params.v_dp_scale = data<const float>(v_dp_scale);
+  params.k_max = data<const float>(k_max);
+  params.v_norm = data<const float>(v_norm);
   params.v_mean = data<const float>(v_mean);
   params.m = data<const float>(m);
   params.l = data<const float>(l);
@@ -230,7 +238,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
 
 // One Stream for every launch, no allocation, no read-back: XLA may record the calls.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageQuantizeKvCuda, sage::quantize_kv_handler,
-                              (sage::bind<3, 9>()
+                              (sage::bind<3, 11>()
                                    .Attr<int32_t>("pv")
                                    .Attr<float>("v_range")
                                    .Attr<int32_t>("smooth_k")
@@ -252,7 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendCuda, sage::attend_handler,
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendBackwardCuda, sage::attend_backward_handler,
-                              (sage::bind<18, 5>()
+                              (sage::bind<20, 5>()
                                    .Attr<int32_t>("backward")
                                    .Attr<int32_t>("dp")
                                    .Attr<int32_t>("exact_delta")

@@ -14,8 +14,6 @@ inline constexpr float kSmallMean = 256.0f;  // a mean of V below 1/256 of its l
 struct PlaneIndex {
   int share, tiles, head, b, valid;
   int64_t plane;
-  int stride;    // from a token to the next, in elements
-  int64_t begin; // of the first token
 
   // `shares` blocks share a plane.
   template <class Params>
@@ -26,8 +24,6 @@ struct PlaneIndex {
     b = block / p.shape.kv_heads / shares;
     valid = min(p.bounds[3 * static_cast<int64_t>(b) + 1], p.shape.keys);
     plane = static_cast<int64_t>(b) * p.shape.kv_heads + head;
-    stride = p.shape.kv_heads * p.shape.head_dim;
-    begin = static_cast<int64_t>(b) * p.shape.keys * stride + head * p.shape.head_dim;
   }
 };
 
@@ -79,11 +75,11 @@ struct TokenPairs {
   }
   template <class Params, class Tokens>
   __device__ __forceinline__ void load_keys(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
-    read(k, p.k, p.k_dtype, at, tokens, channel, p.shape.head_dim);
+    read(k, p.k, p.k_dtype, at, tokens, channel, p.shape);
   }
   template <class Params, class Tokens>
   __device__ __forceinline__ void load_values(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
-    read(v, p.v, p.v_dtype, at, tokens, channel, p.shape.head_dim);
+    read(v, p.v, p.v_dtype, at, tokens, channel, p.shape);
   }
 
   // Reads the values once more, after a check, where they did not find room in registers.
@@ -118,12 +114,16 @@ struct TokenPairs {
  private:
   template <class Tokens>
   static __device__ __forceinline__ void read(Piece (&pieces)[kPerThread], const void* tensor, Dtype dtype,
-                                              const PlaneIndex& at, Tokens tokens, int channel, int head_dim) {
-    const int64_t first = at.begin + static_cast<int64_t>(tokens.first) * at.stride;
+                                              const PlaneIndex& at, Tokens tokens, int channel,
+                                              const AttentionShape& shape) {
+    // Found anew for each tile: what is remembered takes registers.
+    const int b = ptx::opaque(at.b), head = ptx::opaque(static_cast<int>(at.plane)) - b * shape.kv_heads;
+    const int stride = shape.kv_heads * shape.head_dim;  // from a token to the next, in elements
+    const int64_t first = (static_cast<int64_t>(b) * shape.keys + tokens.first) * stride + head * shape.head_dim;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      pieces[i].load(tensor, dtype, first + static_cast<unsigned>(Tokens::distance(i) * at.stride), channel,
-                     head_dim, Tokens::distance(i) < at.valid - tokens.first);
+      pieces[i].load(tensor, dtype, first + static_cast<unsigned>(Tokens::distance(i) * stride), channel,
+                     shape.head_dim, Tokens::distance(i) < at.valid - tokens.first);
     }
   }
 };

@@ -1,8 +1,8 @@
 // Keys and values to 8 bits (docs/abi.md, section 1), bit for bit as the specification.
 //
 // Two launches: statistics over the sequence (means of K and V, largest |V - mean| per channel; strands.cuh), and the
-// codes. Where nothing runs over the sequence (no smoothing, V in bf16 or INT8), the second is the only one. The blocks
-// of both stay, and read the next tile while they work on one.
+// codes, with what the backward pass has to know of all of them. Where nothing runs over the sequence (no smoothing, V in
+// bf16 or INT8), the second is the only one. The blocks of both stay, and read the next tile while they work on one.
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).
@@ -52,6 +52,66 @@ __device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kC
   return group_scale(block_max<Rows::kThreads>(largest, scratch), 127.0f);
 }
 
+// What the backward pass scales its operands by: of the keys that a thread has seen the largest |K̂| of its channels, and the
+// largest norm of a row of v_dp, in all lanes of the row. For the whole plane they are k_max and v_norm. In shared memory,
+// because registers are few.
+template <int kThreads>
+struct LargestKeys {
+  float4 channels[2][kThreads];
+  float norms[kThreads];
+
+  __device__ __forceinline__ void clear() {
+    channels[0][threadIdx.x] = channels[1][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    norms[threadIdx.x] = 0.0f;
+  }
+  __device__ __forceinline__ void add_norm(float x) {
+    float& norm = norms[ptx::opaque(threadIdx.x)];
+    norm = fmaxf(norm, x);
+  }
+
+  // Rounding keeps order: the largest code is that of the largest magnitude.
+  __device__ __forceinline__ void add_keys(const float (&x)[kPerThread][kChannels], const GroupScale& scale) {
+    const auto larger = [&](float seen, int c) {
+      const float largest = fmaxf(fmaxf(fabsf(x[0][c]), fabsf(x[1][c])), fmaxf(fabsf(x[2][c]), fabsf(x[3][c])));
+      return fmaxf(seen, nearest_integer(__fmul_rn(largest, scale.inverse)) * scale.scale);
+    };
+#pragma unroll
+    for (int c = 0; c < kChannels; c += 4) {
+      float4& most = channels[c / 4][ptx::opaque(threadIdx.x)];
+      most = make_float4(larger(most.x, c), larger(most.y, c + 1), larger(most.z, c + 2), larger(most.w, c + 3));
+    }
+  }
+  __device__ __forceinline__ void channel_maxima(float (&most)[kChannels]) const {
+    const float4 low = channels[0][threadIdx.x], high = channels[1][threadIdx.x];
+    most[0] = low.x, most[1] = low.y, most[2] = low.z, most[3] = low.w;
+    most[4] = high.x, most[5] = high.y, most[6] = high.z, most[7] = high.w;
+  }
+  template <int kLanes>
+  __device__ __forceinline__ void add_values(const uint2 (&codes)[kPerThread], float scale) {
+    float squares[kPerThread];  // below 2^22: exact
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int x = static_cast<int>(codes[i].x), y = static_cast<int>(codes[i].y);
+      squares[i] = static_cast<float>(__dp4a(x, x, __dp4a(y, y, 0)));
+    }
+    add_norm(sqrtf(combine_lanes<kLanes>(squares, Add())) * scale);
+  }
+  // A token in bf16. Squares are taken relative to the largest entry, so that those of tiny values do not underflow.
+  template <int kLanes>
+  __device__ __forceinline__ void add_values(const uint4& words) {
+    Piece<Dtype::kBf16> piece;
+    piece.words = words;
+    float x[kChannels];
+    piece.unpack(x);
+    const float largest = lanes_max<kLanes>(largest_magnitude(x));
+    const float inverse = largest < 0x1p-110f ? 0.0f : 1.0f / largest;
+    float sum = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) sum = fmaf(x[c] * inverse, x[c] * inverse, sum);
+    add_norm(largest * sqrtf(lanes_sum<kLanes>(sum)));
+  }
+};
+
 // What all tiles of a block share, a float a channel.
 template <int kHeadDim>
 struct ChannelConstants {
@@ -71,11 +131,12 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
                                            TokenPairs<Piece>& x,
                                            const ChannelConstants<kHeadDim>& constants,
                                            TransposedTile<kHeadDim>& transposed,
-                                           float (&scratch)[3][2 * kHeadDim / kWarpSize]) {
+                                           float (&scratch)[3][2 * kHeadDim / kWarpSize],
+                                           LargestKeys<2 * kHeadDim>& seen) {
   using Rows = RowBlock<kHeadDim>;
   // Lest addresses wait in registers for the next tile.
   const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), row = Rows::row(thread), channel = Rows::channel(thread);
-  const int64_t tile = at.plane * at.tiles + tile_index;
+  const int64_t plane = ptx::opaque(static_cast<int>(at.plane)), tile = plane * at.tiles + tile_index;
   const uint32_t bad = x.bad;
   bool used[kPerThread];
 #pragma unroll
@@ -83,7 +144,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   const bool bad_tile = __syncthreads_or(bad != 0);
   const PiOrder tokens(tile_index, row);
   const int left = p.shape.keys - tokens.first;
-  const int64_t first = (at.plane * p.shape.keys + tokens.first) * kHeadDim + channel;
+  const int64_t first = (plane * p.shape.keys + tokens.first) * kHeadDim + channel;
   // Writes value(i) for the thread's tokens to an array of [B, K, S, Hp].
   const auto write_tokens = [&](auto* array, auto value) {
 #pragma unroll
@@ -108,6 +169,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   }
   if (next < at.tiles) x.load_keys(p, at, PiOrder(next, row), channel);
   const GroupScale key_scale = tile_scale<Rows>(y, scratch[0]);
+  if (p.dp != DpFormat::kNone) seen.add_keys(y, key_scale);
   write_tokens(p.k8, [&](int i) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
     if ((bad >> i & 1) && channel == 0) codes.x = (codes.x & ~0xffu) | kBadCodeByte;
@@ -124,9 +186,9 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) x.v[i].unpack(y[i]);
   if (next < at.tiles) x.load_values(p, at, PiOrder(next, row), channel);
-  float inverse[kChannels];
-  load_floats(inverse, constants.inverse + channel);
   if (p.pv == PvFormat::kF16 || p.pv == PvFormat::kBf16) {
+    float inverse[kChannels];
+    load_floats(inverse, constants.inverse + channel);
     write_tokens(static_cast<uint16_t*>(p.v_pv), [&](int i) {
       float scaled[kChannels];
 #pragma unroll
@@ -157,11 +219,19 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   if (p.dp == DpFormat::kInt8) {
     const GroupScale scale = tile_scale<Rows>(y, scratch[2]);
     if (threadIdx.x == 0) p.v_dp_scale[tile] = scale.scale;
-    write_tokens(static_cast<int8_t*>(p.v_dp), [&](int i) { return int8_codes(y[i], scale.inverse); });
+    uint2 codes[kPerThread];
+    write_tokens(static_cast<int8_t*>(p.v_dp), [&](int i) { return codes[i] = int8_codes(y[i], scale.inverse); });
+    seen.template add_values<Rows::kThreadsPerToken>(codes, scale.scale);
   } else if (p.dp == DpFormat::kBf16) {
-    write_tokens(static_cast<uint16_t*>(p.v_dp), [&](int i) { return halves(y[i], true); });
+    write_tokens(static_cast<uint16_t*>(p.v_dp), [&](int i) {
+      const uint4 words = halves(y[i], true);
+      seen.template add_values<Rows::kThreadsPerToken>(words);
+      return words;
+    });
   }
   if (p.pv == PvFormat::kE4m3) {
+    float inverse[kChannels];
+    load_floats(inverse, constants.inverse + ptx::opaque(channel));
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       transposed.word(channel + c, row) =
@@ -173,7 +243,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   __syncthreads();
   const int64_t padded_keys = static_cast<int64_t>(at.tiles) * kTileKeys;
   transposed.store(
-      static_cast<uint8_t*>(p.v_pv) + at.plane * kHeadDim * padded_keys + tile_index * kTileKeys,
+      static_cast<uint8_t*>(p.v_pv) + plane * kHeadDim * padded_keys + tile_index * kTileKeys,
       padded_keys, thread);
 }
 
@@ -185,6 +255,8 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   __shared__ TransposedTile<kHeadDim> transposed;
   __shared__ ChannelConstants<kHeadDim> constants;
   __shared__ float scratch[3][Rows::kThreads / kWarpSize];
+  __shared__ uint32_t channel_max[kHeadDim];
+  __shared__ LargestKeys<Rows::kThreads> seen;
   const int count = strands(p.shape);
   const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
   const StrandWalk walk(at, count);
@@ -204,6 +276,8 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   while (walk.tile(visit) >= at.tiles) --visit;
   TokenPairs<Piece> x;
   if (Piece::kReadsAhead) x.load(p, at, PiOrder(walk.tile(visit), Rows::row()), Rows::channel());
+  if (threadIdx.x < kHeadDim) channel_max[threadIdx.x] = 0;
+  seen.clear();
   __syncthreads();
 #pragma unroll 1
   while (visit >= 0) {
@@ -214,24 +288,35 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
     const int next = Piece::kReadsAhead && visit >= 0 ? walk.tile(visit) : at.tiles;
     if (!Piece::kReadsAhead) x.load(p, at, PiOrder(tile, Rows::row()), Rows::channel());
     x.check(Rows(), at, PiOrder(tile, Rows::row()));
-    write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch);
+    write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch, seen);
   }
+  if (p.dp == DpFormat::kNone) return;
+  __syncthreads();
+  const float norm = block_max<Rows::kThreads>(seen.norms[ptx::opaque(threadIdx.x)], scratch[0]);
+  if (threadIdx.x == 0) atomicMax(reinterpret_cast<uint32_t*>(p.v_norm + at.plane), float_bits(norm));
+  float most[kChannels];
+  seen.channel_maxima(most);
+  store_maxima<kHeadDim>(channel_max, most, p.k_max + at.plane * kHeadDim);
 }
+
+__global__ void __launch_bounds__(256) clear_all_largest(const QuantizeKvParams p) { clear_largest(p, blockIdx.x); }
 
 // --------------------------------------------------------------------------------------------
 // launches
 
 template <int kHeadDim, class Piece>
 const char* start(const QuantizeKvParams& p, Stream stream) {
-  const int64_t blocks = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads * strands(p.shape);
+  const int64_t planes = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads, blocks = planes * strands(p.shape);
   if (blocks > INT32_MAX) return "batch · key heads is too large; split the batch";
   const dim3 grid(static_cast<unsigned>(p.shape.keys > 0 ? blocks : 0)), block(2 * kHeadDim);
   if (tiles_of_keys(p.shape) > strands(p.shape) << kLevels) return "the key length is too large";
+  const char* error = nullptr;
   if (runs_over_sequence(p)) {
-    const char* error = launch(strand_statistics<kHeadDim, Piece>, grid, block,
-                               sizeof(StrandShared<kHeadDim>), stream, p);
-    if (error != nullptr) return error;
+    error = launch(strand_statistics<kHeadDim, Piece>, grid, block, sizeof(StrandShared<kHeadDim>), stream, p);
+  } else if (p.dp != DpFormat::kNone) {
+    error = launch(clear_all_largest, dim3(static_cast<unsigned>(planes)), kHeadDim, 0, stream, p);
   }
+  if (error != nullptr) return error;
   return launch(write_codes<kHeadDim, Piece>, grid, block, 0, stream, p);
 }
 

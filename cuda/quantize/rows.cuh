@@ -245,6 +245,30 @@ __device__ __forceinline__ float lanes_max(float x) {
   return x;
 }
 
+// Each value combined over kLanes neighbouring lanes; lane i gets value i % kValues. One after the other they would take
+// kValues · log2(kLanes) exchanges, and whatever follows kValues times as many instructions.
+template <int kLanes, int kValues, class T, class Combine>
+__device__ __forceinline__ T combine_lanes(T (&x)[kValues], const Combine& combine) {
+  static_assert(kValues <= kLanes, "a lane for each value");
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int step = kValues / 2; step > 0; step /= 2) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < step; ++i) {
+      const T sent = upper ? x[i] : x[i + step], kept = upper ? x[i + step] : x[i];
+      x[i] = combine(kept, __shfl_xor_sync(kFullWarp, sent, step));
+    }
+  }
+#pragma unroll
+  for (int step = kValues; step < kLanes; step *= 2) x[0] = combine(x[0], __shfl_xor_sync(kFullWarp, x[0], step));
+  return x[0];
+}
+
+struct Add {
+  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+};
+
 // Maximum over the block. `scratch` holds a float a warp; it may be reused after the next barrier.
 template <int kThreads>
 __device__ __forceinline__ float block_max(float x, float* scratch) {
@@ -255,6 +279,23 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
 #pragma unroll
   for (int i = 1; i < kThreads / kWarpSize; ++i) x = fmaxf(x, scratch[i]);
   return x;
+}
+
+// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory. Magnitudes are ordered as their
+// bits are, and `shared` holds zeros.
+template <int kHeadDim>
+__device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
+                                             const float (&largest)[kChannels], float* out) {
+  using Rows = RowBlock<kHeadDim>;
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    atomicMax(&shared[Rows::channel(thread) + c], float_bits(largest[c]));
+  }
+  __syncthreads();
+  for (int c = thread; c < kHeadDim; c += Rows::kThreads) {
+    if (shared[c] != 0) atomicMax(reinterpret_cast<uint32_t*>(out + c), shared[c]);
+  }
 }
 
 // Eight INT8 codes as two words, lowest channel first: those of int8_code for |x · inverse| <= 127.5.
@@ -270,6 +311,9 @@ __device__ __forceinline__ uint2 int8_codes(const float (&x)[kChannels], float i
   };
   return make_uint2(four(code), four(code + 4));
 }
+
+// x rounded to an integer, ties to even, for |x| < 2^22.
+__device__ __forceinline__ float nearest_integer(float x) { return __fadd_rn(__fadd_rn(x, 12582912.0f), -12582912.0f); }
 
 // Eight values as f16 or bf16, lowest channel first.
 __device__ __forceinline__ uint4 halves(const float (&x)[kChannels], bool bf16) {

@@ -66,6 +66,13 @@ struct StrandWalk {
   }
 };
 
+// What a plane's maxima for the backward pass begin with, by kHeadDim threads or more.
+__device__ __forceinline__ void clear_largest(const QuantizeKvParams& p, int64_t plane) {
+  const int c = static_cast<int>(threadIdx.x);
+  if (c < p.shape.padded_dim) p.k_max[plane * p.shape.padded_dim + c] = 0.0f;
+  if (c == 0) p.v_norm[plane] = 0.0f;
+}
+
 template <int kHeadDim>
 struct StrandShared {
   static constexpr int kWarps = 2 * kHeadDim / kWarpSize;
@@ -181,6 +188,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
     for (int i = 0; i < kWarps; ++i) total += shared.used[i];
     out.used[to] = total;
   }
+  if (p.dp != DpFormat::kNone && at.share == 0) clear_largest(p, at.plane);
 }
 
 // A channel of K or V over all strands of a plane.

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int64_t at = static_cast<int64_t>(block.kv_plane) * kHeadDim + channel + c;
-        x[c] = fmaf(dq[n][2 * r + c], factor * gradient_scale<Recipe>(p.w.z_max, at),
+        x[c] = fmaf(dq[n][2 * r + c], factor * gradient_scale<Recipe>(p.k_max, at),
                     dlse * p.k_mean[at]);
       }
       store_pair(p.dq, p.dq_dtype, out, channel, p.shape.head_dim, x[0], x[1]);

@@ -317,11 +317,11 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[kGroups][4],
 
 // What a channel's sum is multiplied by: its e4m3 scale, from the maximum over the channel.
 template <class Recipe>
-__device__ __forceinline__ float gradient_scale(const uint32_t* maxima, int64_t channel) {
+__device__ __forceinline__ float gradient_scale(const float* maxima, int64_t channel) {
   if constexpr (Recipe::kTileScales) {
     return 1.0f;
   } else {
-    return group_scale(bits_float(maxima[channel]), 448.0f).scale *
+    return group_scale(maxima[channel], 448.0f).scale *
            (1.0f / Recipe::Products::kProductScale);
   }
 }

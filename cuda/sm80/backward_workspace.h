@@ -31,10 +31,8 @@ struct BackwardWorkspace {
   uint8_t* x;             // [B, N, Hp, Tp] 8-bit operand of dV
   uint8_t* y;             // [B, N, Hp, Tp] of dK
   uint8_t* z;             // [B, K, Hp, Sp] of dQ
-  uint32_t* x_max;        // [B, K, Hp] bits of the largest magnitude of each channel
-  uint32_t* y_max;        // [B, K, Hp]
-  uint32_t* z_max;        // [B, K, Hp]
-  uint32_t* v_max;        // [B, K] bits of the largest ‖V_j‖
+  float* x_max;           // [B, K, Hp] largest magnitude of each channel
+  float* y_max;           // [B, K, Hp]
   uint32_t* taken;        // [2] what is taken, besides what was dealt out: blocks of keys, blocks of queries
   uint32_t* cleared;      // [B, K] blocks of keys that have cleared their share of the head's dQ
   uint32_t* added;        // [B, K] warps that have added theirs to it
@@ -66,14 +64,12 @@ SAGE_HOST_DEVICE BackwardWorkspace backward_workspace(const BackwardParams& p) {
   w.x = row(queries * Hp);
   w.y = row(queries * Hp);
   w.z = row(kv * Hp * Sp);
-  w.x_max = reinterpret_cast<uint32_t*>(row((3 * kv * Hp + 3 * kv + 2) * 4));
+  w.x_max = reinterpret_cast<float*>(row((2 * kv * Hp + 2 * kv + 2) * 4));
   w.y_max = w.x_max + kv * Hp;
-  w.z_max = w.y_max + kv * Hp;
-  w.v_max = w.z_max + kv * Hp;
-  w.taken = w.v_max + kv;
+  w.taken = reinterpret_cast<uint32_t*>(w.y_max + kv * Hp);
   w.cleared = w.taken + 2;
   w.added = w.cleared + kv;
-  w.counters = 3 * kv * Hp + 3 * kv + 2;
+  w.counters = 2 * kv * Hp + 2 * kv + 2;
   w.masks = base + used;
   w.bytes = used;
   return w;

@@ -21,10 +21,8 @@ __device__ __forceinline__ int permuted_token(int i) {
   return Rows::row() / 4 * 16 + Rows::row() % 4 * 2 + i % 2 + i / 2 * 8;
 }
 
-// The inverse scale of an e4m3 channel, from the bits of its largest magnitude.
-__device__ __forceinline__ float inverse_scale(uint32_t maximum) {
-  return group_scale(bits_float(maximum), 448.0f).inverse;
-}
+// The inverse scale of an e4m3 channel, from its largest magnitude.
+__device__ __forceinline__ float inverse_scale(float maximum) { return group_scale(maximum, 448.0f).inverse; }
 
 template <int kHeadDim>
 struct OperandsShared {
@@ -99,7 +97,7 @@ __device__ void query_operands(const BackwardCall& p, const HeadShare& at, Opera
   load_queries(at.first);
   if (kTrain8) {
     const int c = thread % kHeadDim;
-    const uint32_t* const maxima = thread < kHeadDim ? w.x_max : w.y_max;
+    const float* const maxima = thread < kHeadDim ? w.x_max : w.y_max;
     shared.inverse[thread / kHeadDim][c] = inverse_scale(maxima[kv_plane * kHeadDim + c]);
   }
 #pragma unroll 1
@@ -183,7 +181,7 @@ __device__ void key_operands(const BackwardCall& p, const HeadShare& at, Operand
   };
   load(at.first);
   if (thread < kHeadDim) {
-    shared.inverse[0][thread] = kTrain8 ? inverse_scale(p.w.z_max[at.plane * kHeadDim + thread]) : 1.0f;
+    shared.inverse[0][thread] = kTrain8 ? inverse_scale(p.k_max[at.plane * kHeadDim + thread]) : 1.0f;
   }
 #pragma unroll 1
   for (int tile = at.first; tile < at.tiles; tile += at.step) {

@@ -50,28 +50,4 @@ __device__ __forceinline__ void unpack_codes(float (&x)[kChannels], uint2 codes)
   }
 }
 
-// Each value combined over kLanes neighbouring lanes; lane i gets value i % kValues. One after the other they would take
-// kValues · log2(kLanes) exchanges, and whatever follows kValues times as many instructions.
-template <int kLanes, int kValues, class T, class Combine>
-__device__ __forceinline__ T combine_lanes(T (&x)[kValues], const Combine& combine) {
-  static_assert(kValues <= kLanes, "a lane for each value");
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-#pragma unroll
-  for (int step = kValues / 2; step > 0; step /= 2) {
-    const bool upper = (lane & step) != 0;
-#pragma unroll
-    for (int i = 0; i < step; ++i) {
-      const T sent = upper ? x[i] : x[i + step], kept = upper ? x[i + step] : x[i];
-      x[i] = combine(kept, __shfl_xor_sync(kFullWarp, sent, step));
-    }
-  }
-#pragma unroll
-  for (int step = kValues; step < kLanes; step *= 2) x[0] = combine(x[0], __shfl_xor_sync(kFullWarp, x[0], step));
-  return x[0];
-}
-
-struct Add {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
-};
-
 }  // namespace sage::prepass

@@ -16,21 +16,6 @@ inline constexpr int kTermsTokens = sizeof(Piece) == 16 ? 4 : 2;
 template <int kHeadDim>
 inline constexpr int kTermsBlocks = 256 / kHeadDim;  // of a multiprocessor
 
-// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory.
-template <int kHeadDim>
-__device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
-                                             const float (&largest)[kChannels], uint32_t* out) {
-  using Rows = RowBlock<kHeadDim>;
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    atomicMax(&shared[Rows::channel() + c], float_bits(largest[c]));
-  }
-  __syncthreads();
-  for (int c = static_cast<int>(threadIdx.x); c < kHeadDim; c += Rows::kThreads) {
-    if (shared[c] != 0) atomicMax(out + c, shared[c]);
-  }
-}
-
 // QueryTerms, row_factor, dO's codes.
 template <int kHeadDim, class Piece, bool kTrain8>
 __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_terms(const PrepassCall call) {
@@ -49,7 +34,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_te
   }
   const bool clears_dq = kTrain8 && kv_plane < p.cleared_heads;  // sm90/backward_dq_sums.cuh
   const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
-  const float v_norm = kTrain8 ? bits_float(w.v_max[kv_plane]) : 0.0f;
+  const float v_norm = kTrain8 ? p.v_norm[kv_plane] : 0.0f;
   __syncthreads();
 
   const int stride = s.heads * s.head_dim, channel = Rows::channel();

@@ -167,13 +167,13 @@ __device__ __forceinline__ void release(uint32_t barrier) {
   if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(barrier);
 }
 
-// The scale of an e4m3 channel, from the bits of its largest magnitude.
-__device__ __forceinline__ float channel_scale(uint32_t maximum) { return group_scale(bits_float(maximum), 448.0f).scale; }
+// The scale of an e4m3 channel, from its largest magnitude.
+__device__ __forceinline__ float channel_scale(float maximum) { return group_scale(maximum, 448.0f).scale; }
 
 // factor[i] = common · scale of channel i, for kChannels channels. By all lanes of a warp; all loads before the first use.
 template <int kChannels>
-__device__ __forceinline__ void describe_factors(float* factor, const uint32_t* maxima, float common) {
-  uint32_t maximum[kChannels / kWarpSize];
+__device__ __forceinline__ void describe_factors(float* factor, const float* maxima, float common) {
+  float maximum[kChannels / kWarpSize];
 #pragma unroll
   for (int i = 0; i < kChannels / kWarpSize; ++i) maximum[i] = maxima[i * kWarpSize + threadIdx.x % kWarpSize];
 #pragma unroll

@@ -79,7 +79,7 @@ __device__ __forceinline__ void describe_queries(const DqCall& call, typename Co
     slot.kv_plane = kv_plane;
     slot.row = row;
   }
-  describe_factors<Config::kHeadDim>(slot.factor, p.w.z_max + static_cast<int64_t>(kv_plane) * Config::kHeadDim, 1.0f);
+  describe_factors<Config::kHeadDim>(slot.factor, p.k_max + static_cast<int64_t>(kv_plane) * Config::kHeadDim, 1.0f);
   // For the end.
   const int rows = min(Config::kRows, shape.queries - row);
   const int64_t first = static_cast<int64_t>(plane) * shape.queries + row;

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) finish_dq(const
     load(next, 0);
     float scale[8];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.w.z_max[channel + c]) * unscaled;
+    for (int c = 0; c < 8; ++c) scale[c] = channel_scale(p.k_max[channel + c]) * unscaled;
 #pragma unroll 1
     for (int tile = 0; tile < kFinishTiles; ++tile) {
       const FinishRows x = next;

@@ -32,7 +32,7 @@ BackwardParams = _struct(
     ("exact_delta", _bool),
     ("scale", _float),
     *_fields(_bool, "deterministic portable"),
-    *_fields(_pointer, "q8 q_scale k8 k_scale k_mean v_dp v_dp_scale v_mean m l"),
+    *_fields(_pointer, "q8 q_scale k8 k_scale k_mean v_dp v_dp_scale k_max v_norm v_mean m l"),
     ("out_dtype", _int),
     *_fields(_pointer, "out dout dlse"),
     *_fields(_int, "dq_dtype dk_dtype dv_dtype"),
@@ -78,7 +78,7 @@ def attend_backward(
     shapes = [(batch, queries, heads, head_dim)] + [(batch, keys, kv_heads, head_dim)] * 2
     results = [a.output(s, t) for s, t in zip(shapes, dtypes)]
     inputs = (qq.q8, qq.q_scale, kv.k8, kv.k_scale, kv.k_mean, kv.v_dp, kv.v_dp_scale,
-              kv.v_mean, m, l)
+              kv.k_max, kv.v_norm, kv.v_mean, m, l)
     params = BackwardParams(
         Shape(batch, queries, keys, heads, kv_heads, head_dim, padded),
         base.mask_params(a, masks, window_left, window_right),

@@ -77,7 +77,7 @@ QuantizeKvParams = _struct(
     *_fields(_int, "pv dp"),
     ("v_range", _float),
     *_fields(_bool, "smooth_k smooth_v"),
-    *_fields(_pointer, "k8 k_scale k_mean v_pv v_scale v_mean v_dp v_dp_scale workspace"),
+    *_fields(_pointer, "k8 k_scale k_mean v_pv v_scale v_mean v_dp v_dp_scale k_max v_norm workspace"),
 )
 QuantizeQParams = _struct(
     "QuantizeQParams",
@@ -233,6 +233,8 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp):
         a.output(channels, F32),
         a.output(dense if dp else (0,), BF16 if dp == "bf16" else S8),
         a.output(scales if dp == "int8" else (0,), F32),
+        a.output(channels if dp else (0,), F32),
+        a.output(channels[:2] if dp else (0,), F32),
     ]
     workspace = library().sim_quantize_kv_workspace_bytes(ctypes.byref(shape))
     params = QuantizeKvParams(
