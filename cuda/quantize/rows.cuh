@@ -281,8 +281,8 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
   return x;
 }
 
-// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory. Magnitudes are ordered as their
-// bits are, and `shared` holds zeros.
+// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory. Magnitudes are
+// ordered as their bits are; `shared` holds zeros.
 template <int kHeadDim>
 __device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
                                              const float (&largest)[kChannels], float* out) {

@@ -10,6 +10,8 @@
 // evaluates.
 #pragma once
 
+#include <algorithm>
+
 #include "common/launch.h"
 #include "sm90/backward_dkv_consumer.cuh"
 #include "sm90/backward_dkv_loader.cuh"

@@ -7,6 +7,8 @@
 // Roles: warp 0 copies; warpgroups of 64 queries compute. While one multiplies the other evaluates.
 #pragma once
 
+#include <algorithm>
+
 #include "common/launch.h"
 #include "common/tensor_map.h"
 #include "sm90/backward_common.cuh"

@@ -7,6 +7,9 @@
 // L2 cache when something is added to them. finish_dq (backward_finish.cuh) makes dQ of them.
 #pragma once
 
+#include <algorithm>
+
+#include "common/launch.h"
 #include "common/tile.cuh"
 #include "ptx/bulk_tensor.cuh"
 #include "ptx/counters.cuh"

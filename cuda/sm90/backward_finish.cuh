@@ -18,14 +18,15 @@
 
 namespace sage::sm90 {
 
-inline constexpr int kFinishThreads = 256, kFinishBlocks = 3, kFinishRows = 4;  // blocks of a multiprocessor, a thread's queries
-inline constexpr int kFinishTiles = 4;   // of a piece
-inline constexpr int kFinishTogether = 4;  // heads side by side: what they are at together are runs of memory
+inline constexpr int kFinishThreads = 256, kFinishBlocks = 3;  // blocks of a multiprocessor
+inline constexpr int kFinishRows = 4;      // queries of a thread at once, a tile
+inline constexpr int kFinishTiles = 4;     // of a piece
+inline constexpr int kFinishTogether = 4;  // heads that are side by side in memory, worked on at the same time
 
 struct FinishCall {
   BackwardCall p;
-  int pieces;       // of one head
-  int reports;      // of a head of keys, when its dQ is complete
+  int pieces;   // of one head
+  int reports;  // that a head of keys has had when its dQ is complete
 };
 
 // Eight channels of kFinishRows queries.
@@ -34,7 +35,7 @@ struct FinishRows {
   float factor[kFinishRows], dlse[kFinishRows];
 };
 
-// A head of queries and a piece of it: kFinishTogether heads (fewer at the end of a batch entry) take turns, then come the next.
+// A head of queries and a piece of it. kFinishTogether heads (fewer at the end of a batch entry) take turns, then the next.
 struct FinishPiece {
   int b, n, piece;
   __device__ FinishPiece(const AttentionShape& s, int pieces, int number) {

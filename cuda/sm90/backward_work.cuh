@@ -31,8 +31,8 @@ struct GradientBarriers {
   __device__ __forceinline__ uint32_t rows_empty() const { return at + 8; }
   __device__ __forceinline__ uint32_t slot_full(int slot) const { return at + 16 + 8 * slot; }
   __device__ __forceinline__ uint32_t slot_empty(int slot) const { return slot_full(slot) + 8 * kGradientSlots; }
-  // By one thread; `warps` of consumers, and `helpers` that read slots too. All lanes arrive where slots change hands: compute-sanitizer's racecheck does not see
-  // that a lane that arrives speaks for those that it has met at a __syncwarp.
+  // By one thread; `warps` of consumers, and `helpers` that read slots too. All lanes arrive where slots change hands:
+  // compute-sanitizer's racecheck does not see that a lane that arrives speaks for those that it has met at a __syncwarp.
   __device__ __forceinline__ void init(int warps, int helpers = 0) const {
     ptx::mbarrier_init(rows_full(), 1);
     ptx::mbarrier_init(rows_empty(), warps);
