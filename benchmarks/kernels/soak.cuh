@@ -126,7 +126,9 @@ inline int soak(const Options& o) {
     // rounding error, .026, are sqrt(2) times that apart.
     const bool split = decode_plan(s, p.masks, pv, false).splits > 1;
     const bool rises = s.keys > 4 * sm90::E4m3Values::kMostProbability;
-    const double bound = pv != PvFormat::kE4m3 ? 5e-3 : split || rises ? 4e-2 : 2.5e-2;
+    // The root mean square of n such errors scatters by 1/sqrt(2n): three times that on top, where outputs are few.
+    const double scatter = 1.0 + 3.0 / std::sqrt(2.0 * static_cast<double>(ours.out.count));
+    const double bound = scatter * (pv != PvFormat::kE4m3 ? 5e-3 : split || rises ? 4e-2 : 2.5e-2);
     // The offset of a score is rounded to a unit of its INT8 product, in another way where tiles are longer. The
     // fewer channels a product has, the larger is a unit: with two, sigma 10, .7% of a probability.
     const double coarse = s.head_dim < 16 ? 2.0 : 1.0;
