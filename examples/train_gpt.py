@@ -1,8 +1,10 @@
 """Trains a small byte-level GPT with exact attention, then again with 8-bit attention.
 
 Every run starts from the same parameters and sees the same batches, so all that differs is the
-attention. Writes a table, loss curves, all numbers, a sample of generated text, and the model that
-was trained with exact attention, for fp4_or_int8.py.
+attention. With --again N exact attention trains N more times, from parameters that are off by one
+rounding to bfloat16: what those runs differ by is what equal runs differ by. Writes a table, loss
+curves, all numbers, a sample of generated text, and the model that was trained with exact
+attention, for fp4_or_int8.py.
 
     python examples/train_gpt.py                      # sizes fit the machine
     python examples/train_gpt.py --recipes sagebwd --steps 50 --output somewhere
@@ -25,7 +27,7 @@ from flax import nnx
 import sage_jax
 from gpt import checkpoint, report, sampling, text, training
 from gpt.model import GPT, Shape
-from gpt.options import Parser, count, positive, seed
+from gpt.options import Parser, count, natural, positive, seed
 
 _SAMPLE = 240  # bytes of generated text
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -89,10 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
         f"{corpus.train.size / 1e6:.1f} MB of text to train on, {corpus.held_out.size / 1e6:.1f} "
         f"MB held out: {corpus.files} files of {corpus.folder}"
     )
+    again = {f"exact {n}": n for n in range(2, 2 + options.again)}
+    exact = attentions["exact"]
+    attentions = {"exact": exact, **dict.fromkeys(again, exact), **attentions}
     runs = [
         training.train(
             name, attend, model, corpus, steps=options.steps, batch=options.batch,
             context=shape.context, learning_rate=options.learning_rate, seed=options.seed,
+            rounding=again.get(name),
         )
         for name, attend in attentions.items()
     ]  # fmt: skip
@@ -231,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--qk-norm", action=argparse.BooleanOptionalAction, default=True,
         help="normalise the queries and keys of each head; default: yes")  # fmt: skip
     add("--exact", choices=("xla", "cudnn"), help="implementation of jax.nn in the exact run")
+    add("--again", type=natural, default=0, metavar="N",
+        help="more exact runs, whose parameters start one rounding apart; default: 0")  # fmt: skip
     add("--implementation", choices=("cpu", "cuda", "reference"),
         help="implementation of sage_jax; default: the best one for the device")  # fmt: skip
     add("--text", type=pathlib.Path, metavar="DIR",

@@ -67,6 +67,19 @@ def test_a_tiny_run_writes_table_picture_and_numbers(train_gpt, capsys, tmp_path
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
+def test_exact_runs_again_start_one_rounding_apart(train_gpt, tmp_path):
+    assert train_gpt.main([*TINY, "--output", str(tmp_path), "--again", "2"]) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert list(runs) == ["exact", "exact 2", "exact 3", "train8"]
+    exact = runs["exact"]["train_loss"]
+    for name in ("exact 2", "exact 3"):
+        again = runs[name]["train_loss"]
+        assert again != exact
+        assert again == pytest.approx(exact, rel=5e-3)
+        assert 0 < max(runs[name]["gradient_error_of_step_1"].values()) < 0.1
+    assert runs["exact 2"]["train_loss"] != runs["exact 3"]["train_loss"]
+
+
 def test_a_model_without_qk_norm_trains_and_is_read_again(train_gpt, capsys, tmp_path):
     assert train_gpt.main([*TINY, "--steps", "2", "--no-qk-norm", "--output", str(tmp_path)]) == 0
     capsys.readouterr()

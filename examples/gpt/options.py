@@ -14,6 +14,12 @@ def count(word: str) -> int:
     return int(word)
 
 
+def natural(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 0 up")
+    return int(word)
+
+
 def seed(word: str) -> int:
     if not word.isdecimal() or int(word) >= 2**32:
         raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 0 to 4294967295")

@@ -61,9 +61,16 @@ def train(
     context: int,
     learning_rate: float,
     seed: int,
+    rounding: int | None = None,
 ) -> Run:
-    """Runs `steps` steps of AdamW from the parameters of `model`, which stays unchanged."""
+    """Runs `steps` steps of AdamW from the parameters of `model`, which stays unchanged.
+
+    With `rounding`, the seed of a draw, every parameter starts off by up to 2^-9 of itself, as much
+    as a rounding to bfloat16 takes away.
+    """
     graph, parameters = nnx.split(model)
+    if rounding is not None:
+        parameters = _rounded_otherwise(parameters, rounding)
     optimizer = _optimizer(steps, learning_rate)
     loss_of = loss_function(graph, attend)
 
@@ -104,6 +111,16 @@ def train(
             if done in marks:
                 curve.append((done, evaluate()))
     return Run(name, losses, curve, clock.rate, _memory(step), first, parameters)
+
+
+@jax.jit
+def _rounded_otherwise(parameters: nnx.State, seed: int) -> nnx.State:
+    leaves, tree = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return tree.unflatten(
+        x * (1 + 2**-9 * jax.random.uniform(key, x.shape, x.dtype, -1, 1))
+        for key, x in zip(keys, leaves, strict=True)
+    )
 
 
 def loss_function(graph: nnx.GraphDef, attend: Attend):
