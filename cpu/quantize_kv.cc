@@ -1,7 +1,8 @@
-// sage_jax_quantize_kv (docs/abi.md, section 1), in three sweeps over tiles of 64 tokens:
+// sage_jax_quantize_kv (docs/abi.md, section 1), in sweeps over tiles of 64 tokens:
 //   1. which keys are bad, each tile's sums of K and V and, for scales per channel, extremes of V;
 //   2. per head: the means of K and V and the channel scales of V;
-//   3. codes and tile scales.
+//   3. codes and tile scales;
+//   4. with dp, over the codes of each head: what the backward pass scales its operands by.
 // The second sweep over k and v finds most of them still in cache.
 #include "means.h"
 #include "tiles.h"

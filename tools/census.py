@@ -77,7 +77,7 @@ LOOPS = {
     ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): ("OMMA", 32, 660),
 }
 # Kernels that common/launch.h lets start early, from sm_90 on.
-EARLY = ("attention_decode*", "combine_splits*")
+EARLY = ("attention_decode*", "combine_splits*", "finish_dq*")
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
 
