@@ -200,16 +200,16 @@ def test_checkpoint_gradients():
 
 TRAIN8 = sage_jax.recipes["train8"]
 KEPT = [  # recipe, head dimension -> bytes kept, relative to a bf16 forward pass (docs/numerics.md)
-    (TRAIN8, 64, 0.645),
+    (TRAIN8, 64, 0.646),
     (TRAIN8, 128, 0.636),
-    (TRAIN8, 256, 0.631),
+    (TRAIN8, 256, 0.632),
     (TRAIN8, 80, 0.866),  # padded to 128
     (TRAIN8.replace(delta="exact"), 128, 0.636),
-    (TRAIN8.replace(dp="bf16"), 64, 0.769),
-    (TRAIN8.replace(dp="bf16"), 128, 0.760),
-    (sage_jax.recipes["sagebwd"], 64, 0.769),
-    (sage_jax.recipes["sagebwd"], 128, 0.760),
-    (sage_jax.recipes["sagebwd"], 80, 1.064),
+    (TRAIN8.replace(dp="bf16"), 64, 0.770),
+    (TRAIN8.replace(dp="bf16"), 128, 0.761),
+    (sage_jax.recipes["sagebwd"], 64, 0.770),
+    (sage_jax.recipes["sagebwd"], 128, 0.761),
+    (sage_jax.recipes["sagebwd"], 80, 1.065),
 ]
 
 
