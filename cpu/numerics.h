@@ -229,7 +229,7 @@ inline float norm(int64_t Hp, Row x) {
   F top{}, sum{};
   for (int64_t h = 0; h < Hp; h += kLanes) top = max(top, absolute(x(h)));
   float largest_entry = largest(top);
-  if (largest_entry < 0x1p-110f) return 0;
+  if (largest_entry < kTiny) return 0;
   F inverse = splat(1 / largest_entry);
   for (int64_t h = 0; h < Hp; h += kLanes) {
     F y = x(h) * inverse;

@@ -1,5 +1,5 @@
 // The backward pass: summaries of masks, the pre-pass, then the gradient kernels of the device's
-// architecture. Every sum has one order, so results repeat bit for bit.
+// architecture. Sums have one order, so results repeat bit for bit, but for dQ where sm_90 adds it up in memory.
 #include <cuda_runtime.h>
 
 #include <cstring>

@@ -1,8 +1,8 @@
 """Attention with its reverse-mode derivative: the forward pass keeps the 8-bit tensors, not the
 inputs.
 
-Residuals are q8, k8 and V in the format of dO·Vᵀ with their scales, the means of K and V, the row values
-m and l, the output, and the masks: about 64% of the bytes that a bf16 forward pass keeps. Each array
+Residuals are q8, k8 and V in the format of dO·Vᵀ with their scales, the means of K and V, the largest |K̂| of each channel
+and the largest norm of V's rows, the row values m and l, the output, and the masks: about 64% of the bytes that a bf16 forward pass keeps. Each array
 made here carries the checkpoint name `RESIDUALS`.
 
 An FP4 recipe has a backward pass in 8 bits. It computes the probabilities again from INT8 scores, so

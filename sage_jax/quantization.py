@@ -168,9 +168,10 @@ def row_norm(x: jax.Array) -> jax.Array:
 
 
 def largest_norm(kv: QuantizedKV, dp: str) -> jax.Array:
-    """The largest ‖v_dp_j‖ over the keys [B, K]; of INT8 codes the squares add up exactly."""
+    """The largest ‖v_dp_j‖ over the keys [B, K]; of INT8 codes the squares add up exactly. Rows in which bf16 has an infinity
+    in place of a float32 value do not count."""
     if dp == "bf16":
-        return jnp.max(row_norm(kv.v_dp.astype(jnp.float32)), axis=-1, initial=0.0)
+        return jnp.nanmax(row_norm(kv.v_dp.astype(jnp.float32)), axis=-1, initial=0.0)
     squares = jnp.sum(kv.v_dp.astype(jnp.int32) ** 2, axis=-1)
     norms = jnp.sqrt(squares.astype(jnp.float32)) * expand_tiles(kv.v_dp_scale, squares.shape[-1])
     return jnp.max(norms, axis=-1, initial=0.0)

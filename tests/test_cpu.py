@@ -316,6 +316,16 @@ def test_quantisers_on_awkward_values(dtype, pv):
         assert_same_bits(actual.q_scale, wanted.q_scale, f"q_scale, q_block {q_block}")
 
 
+def test_rows_with_a_value_that_bf16_makes_infinite_have_no_norm():
+    k, v = (jnp.asarray(np.random.default_rng(seed).standard_normal((1, 80, 1, 64)), F32) for seed in (1, 2))
+    v = v.at[0, 7, 0, 3].set(np.finfo(np.float32).max)
+    bounds = masking.no_masks(1, 80, 80).bounds
+    options = dict(pv="bf16", v_range=448.0, smooth_k=True, smooth_v=False, dp="bf16")
+    expected = reference.quantize_kv(k, v, bounds, **options)
+    assert 0 < float(expected.v_norm[0, 0]) < 100
+    assert_same_keys_and_values(quantize_kv(k, v, bounds, **options), expected)
+
+
 @pytest.mark.parametrize("recipe", ["sage2", "sagebwd", "train8"])
 def test_nan_reaches_only_the_rows_that_see_it(recipe):
     """A NaN in a key and an Inf in a query under a causal mask."""

@@ -96,6 +96,18 @@ def test_every_magnitude(size):
     assert_same_keys_and_values(actual, quantize_kv(k, v, limits, **options))
 
 
+def test_rows_with_a_value_that_bf16_makes_infinite_have_no_norm():
+    k, v = (tensor(seed, (1, 80, 1, 64), "float32", bad=False) for seed in (5, 6))
+    v = np.array(v)
+    v[0, 7, 0, 3] = np.finfo(np.float32).max
+    limits = bounds(1, 80, 80)
+    options = dict(pv="bf16", v_range=448.0, smooth_k=True, smooth_v=False, dp="bf16")
+    expected = quantize_kv(k, v, limits, **options)
+    assert 0 < float(expected.v_norm[0, 0]) < 100
+    sim.settings()
+    assert_same_keys_and_values(sim.quantize_kv(k, v, limits, **options), expected)
+
+
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1, 64), (2, 77, 3, 64), (1, 1000, 2, 128), (3, 65, 1, 256)]
 )

@@ -281,8 +281,8 @@ def test_bad_tokens_reach_the_rows_that_see_them(recipe, value):
 # -------------------------------------------------------------------------- against exact attention
 
 
-def gradients_on_gpu(case, recipe, q, k, v, dout, dlse, masks, *, deterministic=False):
-    """(out, lse, dq, dk, dv) of the whole call, as a user gets them."""
+def gradient_program(case, recipe, *, deterministic=False):
+    """Compiles, when it is first called, (q, k, v, dout, dlse, masks) -> (out, lse, dq, dk, dv)."""
 
     @jax.jit
     def run(q, k, v, dout, dlse, masks):
@@ -290,7 +290,12 @@ def gradients_on_gpu(case, recipe, q, k, v, dout, dlse, masks, *, deterministic=
         results, pull = jax.vjp(lambda *x: _vjp.attention(settings, *x, masks), q, k, v)
         return *results, *pull((dout, dlse))
 
-    return run(q, k, v, dout, dlse, Masks(*present(masks)))
+    return lambda q, k, v, dout, dlse, masks: run(q, k, v, dout, dlse, Masks(*present(masks)))
+
+
+def gradients_on_gpu(case, recipe, *inputs, deterministic=False):
+    """(out, lse, dq, dk, dv) of the whole call, as a user gets them."""
+    return gradient_program(case, recipe, deterministic=deterministic)(*inputs)
 
 
 def random_case(rng):

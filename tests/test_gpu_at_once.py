@@ -94,7 +94,7 @@ def test_both_ways_agree(case):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name.startswith(("causal_gqa", "gqa", "bottom_right", "tall"))], ids=str
+    "case", [c for c in CASES if c.name.startswith(("causal_gqa", "gqa", "bottom_right", "tall", "many_heads_causal"))], ids=str
 )
 def test_runs_differ_in_the_rounding_of_dq_alone(case):
     inputs = make_inputs(case)

@@ -139,8 +139,9 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
     name, arch = kernel.name, int(re.match(r"\d+", kernel.arch)[0])
     if kernel.warpgroups:
         values = "HGMMA" if "HalfValues" in name else "QGMMA"
-        added = [("UTMAREDG", "sums of dQ, added to memory by the copy engine")] if "at_once" in name else []
-        return added + [
+        added = ("UTMAREDG", "sums of dQ, added to memory by the copy engine")
+        stored = ("UTMASTG", "gradients, stored by the copy engine")
+        return ([added, stored] if "at_once" in name else []) + [
             ("IGMMA", "INT8 products"),
             (values, "floating products"),
             ("UTMALDG", "tensor copies"),

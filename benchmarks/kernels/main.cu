@@ -3,14 +3,14 @@
 //
 //   bench_kernels time [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--tokens N] [--channels N]
 //                     [--portable 1] [--backward 1] [--deterministic 1]
-//   bench_kernels decode [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--portable 1]
+//   bench_kernels decode [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--portable 1] [--heads N] [--kv-heads N]
 //   bench_kernels soak [--problems N] [--seed N] [--first N]
 //   bench_kernels contention
 //
 // `time` prints milliseconds of each operation and of the forward ones together, and the rates of the
 // attention kernels (of train8's backward pass: its pre-pass included). `decode` does so for one to 16
-// queries of 32 heads, which share eight key heads of the given lengths, with the rate at which codes
-// of K and V are read. `soak` runs random problems, masks and ragged shapes included, through the
+// queries of 32 heads, which share eight key heads of the given lengths (or of as many heads as are asked for), with the
+// rate at which codes of K and V are read. `soak` runs random problems, masks and ragged shapes included, through the
 // kernel that the device would get and through the portable one, and fails where results differ by more
 // than rounding. `contention` prints the rates of single instructions on sm_90, alone and beside the
 // matrix unit's products, and what those keep of theirs.
@@ -67,7 +67,7 @@ int time_decoding(const Options& o) {
   for (int dim : o.dim) {
     for (int keys : o.seq) {
       for (int queries : {1, 4, 16}) {
-        Problem p({1, queries, keys, 32, 8, dim, dim}, o.pv, 7, 1.0f);
+        Problem p({1, queries, keys, o.heads, o.kv_heads, dim, dim}, o.pv, 7, 1.0f);
         p.quantize_keys();
         p.quantize_queries();
         Problem::Result result(p.shape);
@@ -132,6 +132,8 @@ int main(int count, char** words) {
     else if (name == "--dim") o.dim = numbers(value);
     else if (name == "--tokens") o.tokens = std::atoi(value);
     else if (name == "--channels") o.channels = std::atoi(value);
+    else if (name == "--heads") o.heads = std::atoi(value);
+    else if (name == "--kv-heads") o.kv_heads = std::atoi(value);
     else if (name == "--problems") o.problems = std::atoi(value);
     else if (name == "--first") o.first = std::atoi(value);
     else if (name == "--portable") o.portable = std::atoi(value) != 0;

@@ -12,14 +12,14 @@ inline constexpr float kSmallMean = 256.0f;  // a mean of V below 1/256 of its l
 // The (batch, key head) whose tokens a block reads, and its share of them. Heads come first: blocks at work at the same
 // time read whole rows of memory.
 struct PlaneIndex {
-  int share, tiles, head, b, valid;
+  int share, tiles, b, valid;
   int64_t plane;
 
   // `shares` blocks share a plane.
   template <class Params>
   __device__ PlaneIndex(const Params& p, int block, int shares) {
     tiles = (p.shape.keys + kTileKeys - 1) / kTileKeys;
-    head = block % p.shape.kv_heads;
+    const int head = block % p.shape.kv_heads;
     share = block / p.shape.kv_heads % shares;
     b = block / p.shape.kv_heads / shares;
     valid = min(p.bounds[3 * static_cast<int64_t>(b) + 1], p.shape.keys);

@@ -2,7 +2,8 @@
 //
 // Two launches: statistics over the sequence (means of K and V, largest |V - mean| per channel; strands.cuh), and the
 // codes, with what the backward pass has to know of all of them. Where nothing runs over the sequence (no smoothing, V in
-// bf16 or INT8), the second is the only one. The blocks of both stay, and read the next tile while they work on one.
+// bf16 or INT8), the first only clears the maxima, if there are any. The blocks of both stay, and read the next tile
+// while they work on one.
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).
@@ -36,7 +37,7 @@ __device__ __forceinline__ GroupScale power_scale(float largest) {
   return {power_of_two(exponent), power_of_two(-exponent)};
 }
 
-__device__ __forceinline__ GroupScale channel_scale(const QuantizeKvParams& p, float largest) {
+__device__ __forceinline__ GroupScale value_scale(const QuantizeKvParams& p, float largest) {
   if (p.pv == PvFormat::kE4m3) return group_scale(largest, p.v_range);
   if (p.pv == PvFormat::kF16) return power_scale(largest);
   return {1.0f, 1.0f};
@@ -53,8 +54,8 @@ __device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kC
 }
 
 // What the backward pass scales its operands by: of the keys that a thread has seen the largest |K̂| of its channels, and the
-// largest norm of a row of v_dp, in all lanes of the row. For the whole plane they are k_max and v_norm. In shared memory,
-// because registers are few.
+// largest norm of a row of v_dp: of all rows of a warp, each lane has seen some. For the whole plane they are k_max and
+// v_norm. In shared memory, because registers are few.
 template <int kThreads>
 struct LargestKeys {
   float4 channels[2][kThreads];
@@ -104,7 +105,7 @@ struct LargestKeys {
     float x[kChannels];
     piece.unpack(x);
     const float largest = lanes_max<kLanes>(largest_magnitude(x));
-    const float inverse = largest < 0x1p-110f ? 0.0f : 1.0f / largest;
+    const float inverse = largest < kTinyAmax ? 0.0f : 1.0f / largest;
     float sum = 0.0f;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) sum = fmaf(x[c] * inverse, x[c] * inverse, sum);
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   (of_values ? constants.value_mean : constants.key_mean)[c] = over.mean;
   if (at.share == 0) (of_values ? p.v_mean : p.k_mean)[at.plane * kHeadDim + c] = over.mean;
   if (of_values) {
-    const GroupScale scale = channel_scale(p, over.largest);
+    const GroupScale scale = value_scale(p, over.largest);
     constants.inverse[c] = scale.inverse;
     if (at.share == 0 && p.pv != PvFormat::kInt8) p.v_scale[at.plane * kHeadDim + c] = scale.scale;
   }
@@ -311,7 +312,7 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.shape.keys > 0 ? blocks : 0)), block(2 * kHeadDim);
   if (tiles_of_keys(p.shape) > strands(p.shape) << kLevels) return "the key length is too large";
   const char* error = nullptr;
-  if (runs_over_sequence(p)) {
+  if (runs_over_sequence(p) && p.shape.keys > 0) {
     error = launch(strand_statistics<kHeadDim, Piece>, grid, block, sizeof(StrandShared<kHeadDim>), stream, p);
   } else if (p.dp != DpFormat::kNone) {
     error = launch(clear_all_largest, dim3(static_cast<unsigned>(planes)), kHeadDim, 0, stream, p);

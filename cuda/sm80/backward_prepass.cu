@@ -1,7 +1,7 @@
 // What the gradient kernels need before their loops (docs/abi.md, section 4), in three launches:
 //   clear_maxima       zeroes the maxima, and what the gradient kernels count               (train8)
-//   query_terms        per query D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y; clears dQ where it
-//                      is added up                                                          (prepass_terms.cuh)
+//   query_terms        per query D = dO·(O − v_mean), r, 1/l, dO as INT8 codes or bf16; maxima of x and y; clears dQ of the
+//                      first heads where it is added up in memory                           (prepass_terms.cuh)
 //   gradient_operands  x, y, z: 8-bit and transposed, tokens permuted by `pi`               (prepass_operands.cuh)
 // Maxima are taken over the bits of non-negative floats, so their order cannot matter. Those of the keys come with them.
 //

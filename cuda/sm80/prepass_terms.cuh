@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_te
     // Squares of tiny or huge values would leave float's range: those are taken again, relative to a power of two.
     const bool extreme = is_finite(largest) && largest != 0.0f && !(largest > 0x1p-50f && largest < 0x1p50f);
     if (__any_sync(kFullWarp, extreme)) {
-      if (extreme) unit = largest < 0x1p-110f ? 0.0f : bits_float(float_bits(largest) & 0x7f800000u);
+      if (extreme) unit = largest < kTinyAmax ? 0.0f : bits_float(float_bits(largest) & 0x7f800000u);
       const float inverse = unit == 0.0f ? 0.0f : 1.0f / unit;
 #pragma unroll
       for (int i = 0; i < kTokens; ++i) {

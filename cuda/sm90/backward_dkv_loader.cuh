@@ -59,12 +59,13 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
-    const int item = call.crew.item(turn, p.w.taken);
+    const int item = call.crew.template item<!Config::kWithDq>(turn, p.w.taken);
     if (!hand_out(barriers, slot, turn, item < call.items, [&] { describe_keys<Config>(call, slot, item); })) return;
     if (threadIdx.x == 0) {
       ptx::mbarrier_wait(barriers.rows_empty(), turn % 2 ^ 1);
       if (Config::kWithDq && slot.kv_plane >= p.cleared_heads) {
         ptx::wait_until_counted(p.w.cleared + slot.kv_plane, call.key_blocks);  // before anything is added to the head's dQ
+        ptx::fence_proxy_async_global();
       }
       ptx::mbarrier_arrive_expect_tx(barriers.rows_full(), Config::kRowsLoaded);
       ptx::cp_async_bulk_tensor_3d(base, &call.k, barriers.rows_full(), 0, slot.row, slot.kv_plane);

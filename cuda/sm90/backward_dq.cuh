@@ -103,7 +103,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
-    const int item = call.crew.item(turn, p.w.taken + 1);
+    const int item = call.crew.template item<true>(turn, p.w.taken + 1);
     if (!hand_out(barriers, slot, turn, item < call.items, [&] { describe_queries<Config>(call, slot, item); })) return;
     if (threadIdx.x == 0) {
       const int plane = slot.b * p.shape.heads + slot.head, padded = tiles_of(p.shape.queries) * kTileQueries;

@@ -19,6 +19,7 @@
 #include "ptx/stmatrix.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/backward_common.cuh"
+#include "sm90/backward_dkv_config.cuh"
 
 namespace sage::sm90 {
 

@@ -37,7 +37,7 @@ struct FinishRows {
 
 // A head of queries and a piece of it. kFinishTogether heads (fewer at the end of a batch entry) take turns, then the next.
 struct FinishPiece {
-  int b, n, piece;
+  int b, n, piece, kv_plane;
   __device__ FinishPiece(const AttentionShape& s, int pieces, int number) {
     const int of_batch = s.heads * pieces, of_together = kFinishTogether * pieces;
     b = number / of_batch;
@@ -45,6 +45,7 @@ struct FinishPiece {
     const int heads = min(kFinishTogether, s.heads - first), at = in_batch % of_together;
     n = first + at % heads;
     piece = at / heads;
+    kv_plane = b * s.kv_heads + n / (s.heads / s.kv_heads);
   }
 };
 
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) finish_dq(const
       taken = static_cast<int>(atomicAdd(p.w.taken + 1, 1u));
       const FinishPiece at(s, call.pieces, taken);
       if (at.b < s.batch) {
-        ptx::wait_until_counted(p.w.added + at.b * s.kv_heads + at.n / (s.heads / s.kv_heads), call.reports);
+        ptx::wait_until_counted(p.w.added + at.kv_plane, call.reports);
       }
     }
     __syncthreads();
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks) finish_dq(const
     __syncthreads();
     if (at.b >= s.batch) break;
     const int64_t plane = static_cast<int64_t>(at.b) * s.heads + at.n;
-    const int64_t channel = (static_cast<int64_t>(at.b) * s.kv_heads + at.n / (s.heads / s.kv_heads)) * kHeadDim + 8 * eight;
+    const int64_t channel = static_cast<int64_t>(at.kv_plane) * kHeadDim + 8 * eight;
     const int query = at.piece * kFinishTiles * kFinishRows * kAtOnce + first;  // the thread's first, and every kAtOnce-th
     const float* const row_factor = p.w.row_factor + plane * tiles_of(s.queries) * kTileQueries + query;
     const int64_t row = plane * s.queries + query;

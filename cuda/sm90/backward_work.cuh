@@ -46,12 +46,14 @@ struct GradientBarriers {
 // Some of a launch's blocks, which share one kind of work.
 struct Crew {
   int first, blocks;
-  // What this block does in its turn-th turn, in all lanes of a warp. The first turns are dealt out, `counter` counts the rest.
+  // What this block does in its turn-th turn, in all lanes of a warp: `counter` counts what is taken. Where no block waits for
+  // another (kDealt) the first turns are dealt out; elsewhere a block that does not run yet must not own anything.
+  template <bool kDealt>
   __device__ __forceinline__ int item(int turn, uint32_t* counter) const {
-    if (turn == 0) return static_cast<int>(blockIdx.x) - first;
+    if (kDealt && turn == 0) return static_cast<int>(blockIdx.x) - first;
     uint32_t taken = 0;
     if (threadIdx.x % kWarpSize == 0) taken = atomicAdd(counter, 1u);
-    return blocks + static_cast<int>(__shfl_sync(kFullWarp, taken, 0));
+    return (kDealt ? blocks : 0) + static_cast<int>(__shfl_sync(kFullWarp, taken, 0));
   }
 };
 
