@@ -25,4 +25,11 @@ __device__ __forceinline__ void griddepcontrol_wait() {
 #endif
 }
 
+// Brings a line to the L2 cache, where writes of all grids are seen: an early kernel may do so before its wait.
+__device__ __forceinline__ void prefetch_global_l2(const void* line) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line) : "memory");
+#endif
+}
+
 }  // namespace sage::ptx

@@ -7,7 +7,7 @@
 //   wgmma_wait_group<1>();     // all groups but the newest are complete
 //   keep_in_registers(d);      // stops the compiler from reading d before that
 //
-// The products have 64 or 128 columns: two for each accumulator of a thread.
+// The products have 16, 64 or 128 columns: two for each accumulator of a thread.
 // Warp w of the group holds rows 16w + g and 16w + g + 8 of A and D, laid out as in ptx/mma_sync.cuh;
 // n8 tile i of D is d[4i .. 4i + 3]. Operands in shared memory are given by descriptors
 // (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout").
@@ -63,6 +63,14 @@ __device__ __forceinline__ uint64_t shared_operand(uint32_t units) {
 
 // A and B in shared memory, both K-major.
 
+__device__ __forceinline__ void wgmma_m64k32_s32_s8(int (&d)[8], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p; }"
+      : SAGE_D4("+r", d, 0), SAGE_D4("+r", d, 4)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
 __device__ __forceinline__ void wgmma_m64k32_s32_s8(int (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
@@ -110,6 +118,14 @@ __device__ __forceinline__ void wgmma_m64k32_f32_e4m3(int (&bits)[64], uint64_t 
 }
 
 // e4m3, both in shared memory. The sum keeps about 14 bits.
+
+__device__ __forceinline__ void wgmma_m64k32_f32_e4m3(float (&d)[8], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1; }"
+      : SAGE_D4("+f", d, 0), SAGE_D4("+f", d, 4)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
 
 __device__ __forceinline__ void wgmma_m64k32_f32_e4m3(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(

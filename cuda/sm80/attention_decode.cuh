@@ -250,8 +250,6 @@ struct CombineConfig {
 
 template <class Config>
 __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_splits(const DecodeCall call) {
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
   using Values = typename Config::Values;
   using Combine = CombineConfig<Config>;
   constexpr int kHeadDim = Config::kHeadDim, kWarps = Combine::kWarps, kChannels = Combine::kChannels;
@@ -267,6 +265,18 @@ __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_split
       static_cast<int64_t>(b) * shape.kv_heads + n / (shape.heads / shape.kv_heads);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int channel = static_cast<int>(threadIdx.x);
+  const int32_t* const bounds = p.masks.bounds + 3 * static_cast<int64_t>(b);
+  const int64_t scale_at = kv_plane * kHeadDim + channel;
+  if (channel < kHeadDim) {
+    ptx::prefetch_global_l2(p.v_scale + scale_at);
+    if (Values::kFormat == PvFormat::kE4m3) ptx::prefetch_global_l2(p.v_mean + scale_at);
+  } else if (channel == kHeadDim) {
+    ptx::prefetch_global_l2(p.q_scale + row);
+    ptx::prefetch_global_l2(p.lse_shift + row);
+    ptx::prefetch_global_l2(bounds);
+  }
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
 
   float ahead[Combine::kAhead][kChannels];
   const auto read = [&](int i, float (&x)[kChannels]) {
@@ -277,11 +287,10 @@ __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_split
   };
 #pragma unroll
   for (int k = 0; k < Combine::kAhead; ++k) read(warp + k * kWarps, ahead[k]);
-  const int valid = p.masks.bounds[3 * static_cast<int64_t>(b)];
+  const int valid = bounds[0];
   const float q_scale = p.q_scale[row], lse_shift = p.lse_shift[row];
   float v_scale = 0.0f, mean = 0.0f;
   if (channel < shape.head_dim) {
-    const int64_t scale_at = kv_plane * kHeadDim + channel;
     v_scale = p.v_scale[scale_at];
     mean = Values::kFormat == PvFormat::kE4m3 ? p.v_mean[scale_at] : 0.0f;
   }
@@ -337,17 +346,22 @@ __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_split
 }
 
 template <class Config>
+const char* launch_combine(const DecodeCall& call, Stream stream) {
+  const AttentionShape& s = call.p.shape;
+  const int64_t rows = static_cast<int64_t>(s.batch) * s.heads * s.queries;
+  return launch(combine_splits<Config>, dim3(static_cast<unsigned>(rows)), CombineConfig<Config>::kThreads, 0, stream,
+                call, Start::kEarly);
+}
+
+template <class Config>
 const char* launch_split(const AttendParams& params, const DecodePlan& plan, Stream stream) {
   const AttentionShape& s = params.shape;
   const DecodeCall call(params, plan);
   const int64_t blocks = static_cast<int64_t>(s.batch) * s.kv_heads * plan.row_tiles * plan.splits;
-  const int64_t rows = static_cast<int64_t>(s.batch) * s.heads * s.queries;
   const char* const error =
       launch(attention_decode<Config>, dim3(static_cast<unsigned>(blocks)), Config::kThreads,
              Config::kSharedBytes, stream, call, Start::kEarly);
-  if (error != nullptr) return error;
-  return launch(combine_splits<Config>, dim3(static_cast<unsigned>(rows)), CombineConfig<Config>::kThreads, 0, stream,
-                call, Start::kEarly);
+  return error != nullptr ? error : launch_combine<Config>(call, stream);
 }
 
 }  // namespace sage::sm80

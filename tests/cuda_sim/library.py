@@ -35,11 +35,11 @@ SOURCES = (
     "sm80/attention_fwd.cu",
     "sm80/attention_fwd_e4m3.cu",
     "sm89/attention_fwd.cu",
-    "sm90/attention_decode.cu",
     "sm90/attention_fwd_mma.cu",
     "sm120/attention_fwd_fp4.cu",
     "sm120/attention_fwd_fp4_emulated.cu",
     "sm90/absent.cc",  # wgmma has no twin on the host
+    "sm90/decode_absent.cc",
 )
 FLAGS = "-std=c++17 -O1 -fPIC -ffp-contract=off -Wall -Wno-unknown-pragmas -x c++".split()
 GUARD, GUARD_BYTE = 256, 0xA5  # bytes on both sides of every array that a kernel writes

@@ -5,5 +5,6 @@ namespace sage::ptx {
 
 inline void griddepcontrol_launch_dependents() {}
 inline void griddepcontrol_wait() {}
+inline void prefetch_global_l2(const void*) {}
 
 }  // namespace sage::ptx
