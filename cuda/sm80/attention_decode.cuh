@@ -70,6 +70,9 @@ __device__ __forceinline__ void hide_outside(int (&s)[kKeyGroups][4], RowSoftmax
   }
 }
 
+// 2^(m − top), what a part's sums count for: 0 of a part that has seen no key.
+__device__ __forceinline__ float weight_of_part(float m, float top) { return m == -INFINITY ? 0.0f : ptx::ex2(m - top); }
+
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads) attention_decode(const DecodeCall call) {
   ptx::griddepcontrol_launch_dependents();
@@ -206,12 +209,11 @@ __global__ void __launch_bounds__(Config::kThreads) attention_decode(const Decod
     for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w][row]);
     return top;
   };
-  const auto weight_of = [](float m, float top) { return m == -INFINITY ? 0.0f : ptx::ex2(m - top); };
   auto* const outputs = reinterpret_cast<float*>(ptx::dynamic_shared());  // [kWarps][16][kHeadDim]
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = g + 8 * r;
-    const float weight = weight_of(rows.m[r], top_of(row));
+    const float weight = weight_of_part(rows.m[r], top_of(row));
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
@@ -233,11 +235,78 @@ __global__ void __launch_bounds__(Config::kThreads) attention_decode(const Decod
   if (row < kDecodeRows && row < rows_left) {
     const float top = top_of(row);
     float l = 0.0f;
-    for (int w = 0; w < kWarps; ++w) l += sums[w][row] * weight_of(tops[w][row], top);
+    for (int w = 0; w < kWarps; ++w) l += sums[w][row] * weight_of_part(tops[w][row], top);
     call.m[(row_at + row) * splits + split] = top;
     call.l[(row_at + row) * splits + split] = l;
   }
 }
+
+// A channel of a query row, once the parts are added up: what that takes besides sums, and where it goes.
+template <class Config>
+class RowEnd {
+  using Values = typename Config::Values;
+
+ public:
+  // `row` of [B, N, T].
+  __device__ RowEnd(const AttendParams& p, int64_t row, int channel) : p_(p), row_(row), channel_(channel) {
+    const AttentionShape& shape = p.shape;
+    const int64_t plane = row / shape.queries;
+    query_ = static_cast<int>(row % shape.queries);
+    n_ = static_cast<int>(plane % shape.heads);
+    b_ = static_cast<int>(plane / shape.heads);
+    const int64_t kv_plane = static_cast<int64_t>(b_) * shape.kv_heads + n_ / (shape.heads / shape.kv_heads);
+    scale_at_ = kv_plane * Config::kHeadDim + channel;
+  }
+
+  // While the kernel before this one still works.
+  __device__ __forceinline__ void prefetch() const {
+    ptx::prefetch_global_l2(p_.v_scale + scale_at_);
+    if (Values::kFormat == PvFormat::kE4m3) ptx::prefetch_global_l2(p_.v_mean + scale_at_);
+    if (channel_ != 0) return;
+    ptx::prefetch_global_l2(p_.q_scale + row_);
+    ptx::prefetch_global_l2(p_.lse_shift + row_);
+    ptx::prefetch_global_l2(p_.masks.bounds + 3 * static_cast<int64_t>(b_));
+  }
+
+  // Before the sums are there.
+  __device__ __forceinline__ void read() {
+    queries_ = min(p_.masks.bounds[3 * static_cast<int64_t>(b_)], p_.shape.queries);
+    q_scale_ = p_.q_scale[row_];
+    lse_shift_ = p_.lse_shift[row_];
+    if (channel_ >= p_.shape.head_dim) return;
+    v_scale_ = p_.v_scale[scale_at_];
+    v_mean_ = Values::kFormat == PvFormat::kE4m3 ? p_.v_mean[scale_at_] : 0.0f;
+  }
+
+  // `sum` and `l` relative to m.
+  __device__ __forceinline__ void store(float sum, float m, float l) const {
+    l *= Values::kRowSumScale;
+    if (query_ >= queries_) {
+      l = 0.0f;
+      m = -INFINITY;
+    } else if (l != 0.0f && isnan(q_scale_)) {
+      l = NAN;
+    }
+    if (channel_ == 0) {
+      p_.l[row_] = l;
+      p_.m[row_] = m;
+      p_.lse[row_] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + lse_shift_;
+    }
+    const AttentionShape& shape = p_.shape;
+    if (channel_ >= shape.head_dim) return;
+    const float x = l == 0.0f ? 0.0f : fmaf(sum * (Values::kOutputScale / l), v_scale_, v_mean_);
+    const int64_t token = static_cast<int64_t>(b_) * shape.queries + query_;
+    store_one(p_.out, p_.out_dtype, (token * shape.heads + n_) * shape.head_dim + channel_, x);
+  }
+
+ private:
+  const AttendParams& p_;
+  const int64_t row_;
+  const int channel_;
+  int b_, n_, query_, queries_ = 0;
+  int64_t scale_at_;
+  float q_scale_ = 0.0f, lse_shift_ = 0.0f, v_scale_ = 0.0f, v_mean_ = 0.0f;
+};
 
 // One block adds the parts of one query row: a warp some of the parts, a lane some of the channels. Everything that is
 // read from memory is asked for before anything is waited for, because its latency is most of what this takes.
@@ -250,31 +319,15 @@ struct CombineConfig {
 
 template <class Config>
 __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_splits(const DecodeCall call) {
-  using Values = typename Config::Values;
   using Combine = CombineConfig<Config>;
   constexpr int kHeadDim = Config::kHeadDim, kWarps = Combine::kWarps, kChannels = Combine::kChannels;
   __shared__ float parts[kWarps][kHeadDim];
-  const AttendParams& p = call.p;
-  const AttentionShape& shape = p.shape;
   const int splits = call.plan.splits;
   const int64_t row = blockIdx.x, part = row * splits;
-  const int query = static_cast<int>(row % shape.queries);
-  const int64_t plane = row / shape.queries;
-  const int n = static_cast<int>(plane % shape.heads), b = static_cast<int>(plane / shape.heads);
-  const int64_t kv_plane =
-      static_cast<int64_t>(b) * shape.kv_heads + n / (shape.heads / shape.kv_heads);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int channel = static_cast<int>(threadIdx.x);
-  const int32_t* const bounds = p.masks.bounds + 3 * static_cast<int64_t>(b);
-  const int64_t scale_at = kv_plane * kHeadDim + channel;
-  if (channel < kHeadDim) {
-    ptx::prefetch_global_l2(p.v_scale + scale_at);
-    if (Values::kFormat == PvFormat::kE4m3) ptx::prefetch_global_l2(p.v_mean + scale_at);
-  } else if (channel == kHeadDim) {
-    ptx::prefetch_global_l2(p.q_scale + row);
-    ptx::prefetch_global_l2(p.lse_shift + row);
-    ptx::prefetch_global_l2(bounds);
-  }
+  RowEnd<Config> end(call.p, row, channel);
+  if (channel < kHeadDim) end.prefetch();
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 
@@ -287,22 +340,13 @@ __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_split
   };
 #pragma unroll
   for (int k = 0; k < Combine::kAhead; ++k) read(warp + k * kWarps, ahead[k]);
-  const int valid = bounds[0];
-  const float q_scale = p.q_scale[row], lse_shift = p.lse_shift[row];
-  float v_scale = 0.0f, mean = 0.0f;
-  if (channel < shape.head_dim) {
-    v_scale = p.v_scale[scale_at];
-    mean = Values::kFormat == PvFormat::kE4m3 ? p.v_mean[scale_at] : 0.0f;
-  }
+  if (channel < kHeadDim) end.read();
 
   // Every warp looks at all maxima and sums: of its own lanes' parts.
   float m = -INFINITY, l = 0.0f;
   for (int i = lane; i < splits; i += kWarpSize) m = fmaxf(m, call.m[part + i]);
   m = lanes_max<kWarpSize>(m);
-  const auto weight_of = [&](int i) {
-    const float top = call.m[part + i];
-    return top == -INFINITY ? 0.0f : ptx::ex2(top - m);
-  };
+  const auto weight_of = [&](int i) { return weight_of_part(call.m[part + i], m); };
   for (int i = lane; i < splits; i += kWarpSize) l = fmaf(call.l[part + i], weight_of(i), l);
   l = lanes_sum<kWarpSize>(l);
   float o[kChannels] = {};
@@ -326,23 +370,7 @@ __global__ void __launch_bounds__(CombineConfig<Config>::kThreads) combine_split
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += parts[w][channel];
 
-  l *= Values::kRowSumScale;
-  if (query >= min(valid, shape.queries)) {
-    l = 0.0f;
-    m = -INFINITY;
-  } else if (l != 0.0f && isnan(q_scale)) {
-    l = NAN;
-  }
-  if (channel == 0) {
-    p.l[row] = l;
-    p.m[row] = m;
-    p.lse[row] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + lse_shift;
-  }
-  if (channel >= shape.head_dim) return;
-  const float x = l == 0.0f ? 0.0f : fmaf(sum * (Values::kOutputScale / l), v_scale, mean);
-  const int64_t out_at =
-      ((static_cast<int64_t>(b) * shape.queries + query) * shape.heads + n) * shape.head_dim;
-  store_one(p.out, p.out_dtype, out_at + channel, x);
+  end.store(sum, m, l);
 }
 
 template <class Config>

@@ -6,6 +6,7 @@
 //   sm_90a; head dimension padded to 64 or 128; neither segments nor a dense mask; values in e4m3.
 #pragma once
 
+#include "common/launch.h"
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/tensor_map.h"
@@ -334,28 +335,30 @@ class DecodeGroup {
       for (int k = 1; k < Config::kGroups; ++k) top = fmaxf(top, tops[k][row]);
       return top;
     };
-    const auto weight_of = [&](int k, int row, float top) {
-      return tops[k][row] == -INFINITY ? 0.0f : ptx::ex2(tops[k][row] - top);
-    };
-    const int splits = call_.plan.splits, thread = static_cast<int>(threadIdx.x);
-    for (int i = thread; i < min(at_.rows_left, kDecodeRows) * kHeadDim; i += Config::kConsumers) {
+    const int thread = static_cast<int>(threadIdx.x), rows = min(at_.rows_left, kDecodeRows);
+    for (int i = thread; i < rows * kHeadDim; i += Config::kConsumers) {
       const int row = i / kHeadDim, channel = i % kHeadDim;
       const float top = top_of(row);
       float sum = 0.0f;
-      for (int k = 0; k < Config::kGroups; ++k) sum = fmaf(outputs[k][row][channel], weight_of(k, row, top), sum);
-      call_.out[((at_.row + row) * splits + at_.split) * kHeadDim + channel] = sum;
+      for (int k = 0; k < Config::kGroups; ++k) sum = fmaf(outputs[k][row][channel], sm80::weight_of_part(tops[k][row], top), sum);
+      call_.out[part_of(row) * kHeadDim + channel] = sum;
     }
-    if (thread < min(at_.rows_left, kDecodeRows)) {
+    if (thread < rows) {
       const float top = top_of(thread);
       float l = 0.0f;
       for (int k = 0; k < Config::kGroups; ++k) {
-        float part = 0.0f;
-        for (int w = 0; w < 4; ++w) part += maxima(k)[w][thread];
-        l = fmaf(part, weight_of(k, thread, top), l);
+        float sum = 0.0f;
+        for (int w = 0; w < 4; ++w) sum += maxima(k)[w][thread];
+        l = fmaf(sum, sm80::weight_of_part(tops[k][thread], top), l);
       }
-      call_.m[(at_.row + thread) * splits + at_.split] = top;
-      call_.l[(at_.row + thread) * splits + at_.split] = l;
+      call_.m[part_of(thread)] = top;
+      call_.l[part_of(thread)] = l;
     }
+  }
+
+  // The workspace's place of this part of a row.
+  __device__ __forceinline__ int64_t part_of(int row) const {
+    return (at_.row + row) * call_.plan.splits + at_.split;
   }
 
   __device__ __forceinline__ static constexpr int query(int i) { return i / 4 * 2 + i % 2; }  // of entry i
