@@ -18,6 +18,7 @@ struct TensorMapSpec {
   int64_t columns, rows, planes;
   int box_columns, box_rows;
   bool half_floats = false;  // entries are f16: the copy engine adds them up
+  bool narrow = false;       // a miss brings 128 bytes to the L2 cache, not 256
 };
 
 // Fills `map`; null, or one sentence on what went wrong.
@@ -49,7 +50,8 @@ inline const char* encode_tensor_map(CUtensorMap& map, const TensorMapSpec& t) {
                                          : CU_TENSOR_MAP_SWIZZLE_128B;
   const CUresult status =
       encode(&map, type, 3, const_cast<void*>(t.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             t.narrow ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? nullptr
                                 : "a tensor map was refused: an operand is not 16-byte aligned or "

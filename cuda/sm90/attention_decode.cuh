@@ -60,10 +60,11 @@ struct DecodeConfig {
   static __device__ int queries() { return full(2 * kStages); }
 };
 
-// What a block works on: up to 16 query rows that share a key head, and a run of tiles.
+// What a block works on: up to 16 query rows that share a key head, and every splits-th tile of keys. So the blocks of a head
+// read neighbouring tiles at the same time: rows of V are only 128 bytes of a tile.
 template <class Config>
 struct DecodeShare {
-  int split, b, first_row, rows_left, first, tiles;
+  int split, splits, b, first_row, rows_left, first, tiles;
   int64_t kv_plane, row;  // row: the first one's place in [B, N, T]
   Mask mask;
 
@@ -77,12 +78,14 @@ struct DecodeShare {
     first_row = static_cast<int>(blockIdx.x) / call.plan.splits % call.plan.row_tiles * kDecodeRows;
     rows_left = group_rows - first_row;
     row = kv_plane * group_rows + first_row;
+    splits = call.plan.splits;
     int end;
     mask.key_tiles(0, shape.queries, Config::kKeys, first, end);
-    const int share = (end - first + call.plan.splits - 1) / call.plan.splits;
-    first += split * share;
-    tiles = max(0, min(share, end - first));
+    first += split;
+    tiles = first < end ? (end - first + splits - 1) / splits : 0;
   }
+
+  __device__ int tile(int i) const { return first + i * splits; }
 };
 
 // What the block's first loads will wait for, while the kernel before this one ends.
@@ -104,7 +107,7 @@ __device__ __forceinline__ void bring_tiles(const DecodeCall& call, const Decode
   ptx::cp_async_bulk_tensor_3d(base + Config::kQueriesAt, &call.q, base + Config::queries(), 0, at.first_row, plane);
 #pragma unroll 1
   for (int i = 0; i < at.tiles; ++i) {
-    const int stage = i % Config::kStages, key = (at.first + i) * Config::kKeys;
+    const int stage = i % Config::kStages, key = at.tile(i) * Config::kKeys;
     const uint32_t full = base + Config::full(stage), to = base + stage * Config::kStageBytes;
     ptx::mbarrier_wait(base + Config::empty(stage), (i / Config::kStages & 1) ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, Config::kStageBytes);
@@ -156,7 +159,7 @@ class DecodeGroup {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) now[h] = scales[h];
       read_scales(scales, i + Config::kGroups);
-      tile((at_.first + i) * Config::kKeys, stage * Config::kStageBytes, now);
+      tile(at_.tile(i) * Config::kKeys, stage * Config::kStageBytes, now);
       __syncwarp();
       if (g_ == 0 && t_ == 0) ptx::mbarrier_arrive(base_ + Config::empty(stage));
     }
@@ -166,7 +169,7 @@ class DecodeGroup {
  private:
   // Of the i-th tile, long before it is there.
   __device__ __forceinline__ void read_scales(float (&scales)[kHalves], int i) const {
-    const int tile = (at_.first + i) * kHalves, all = mask_tiles(call_.p.shape.keys);
+    const int tile = at_.tile(i) * kHalves, all = mask_tiles(call_.p.shape.keys);
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
       scales[h] = i < at_.tiles && tile + h < all ? call_.p.k_scale[at_.kv_plane * all + tile + h] : 0.0f;
@@ -327,7 +330,10 @@ class DecodeGroup {
 #pragma unroll
     for (int n = 0; n < Config::kRowTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) outputs[group_][row(query(i))][64 * n + 16 * warp_ + g_ + i % 4 / 2 * 8] = o_[n][i];
+      for (int i = 0; i < 8; ++i) {
+        const int row = this->row(query(i));
+        if (row < at_.rows_left) outputs[group_][row][64 * n + 16 * warp_ + g_ + i % 4 / 2 * 8] = o_[n][i];
+      }
     }
     ptx::bar_sync(3, Config::kConsumers);
     const auto top_of = [&](int row) {
@@ -421,10 +427,12 @@ const char* launch_decode(const AttendParams& params, const DecodePlan& plan, St
   const int64_t group_rows = static_cast<int64_t>(s.heads / s.kv_heads) * s.queries;
   const int64_t padded_keys = static_cast<int64_t>(mask_tiles(s.keys)) * kTileKeys;
   const char* error = encode_tensor_map(call.q, {params.q8, 1, kHeadDim, group_rows, planes, kHeadDim, kDecodeRows});
-  if (error == nullptr) error = encode_tensor_map(call.k, {params.k8, 1, kHeadDim, s.keys, planes, kHeadDim, Config::kKeys});
-  if (error == nullptr) {
-    error = encode_tensor_map(call.v, {params.v_pv, 1, padded_keys, kHeadDim, planes, Config::kKeys, kHeadDim});
-  }
+  // The rest of 256 bytes would be another block's.
+  TensorMapSpec keys = {params.k8, 1, kHeadDim, s.keys, planes, kHeadDim, Config::kKeys};
+  TensorMapSpec values = {params.v_pv, 1, padded_keys, kHeadDim, planes, Config::kKeys, kHeadDim};
+  keys.narrow = values.narrow = true;
+  if (error == nullptr) error = encode_tensor_map(call.k, keys);
+  if (error == nullptr) error = encode_tensor_map(call.v, values);
   if (error != nullptr) return error;
   const int64_t blocks = planes * plan.row_tiles * plan.splits;
   error = launch(attention_decode<Config>, dim3(static_cast<unsigned>(blocks)), Config::kThreads, Config::kSharedBytes,

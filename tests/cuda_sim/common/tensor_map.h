@@ -14,6 +14,7 @@ struct TensorMapSpec {
   int element_bytes;
   int64_t columns, rows, planes;
   int box_columns, box_rows;
+  bool half_floats = false, narrow = false;
 };
 
 inline const char* encode_tensor_map(CUtensorMap&, const TensorMapSpec&) { return nullptr; }
