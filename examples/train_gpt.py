@@ -2,7 +2,8 @@
 
 Every run starts from the same parameters and sees the same batches, so all that differs is the
 attention. With --again N exact attention trains N more times, from parameters that are off by one
-rounding to bfloat16: what those runs differ by is what equal runs differ by. Writes a table, loss
+rounding to bfloat16: what those runs differ by is what equal runs differ by. With --start all begin
+from the model of an earlier run, for instance to go on with a longer context. Writes a table, loss
 curves, all numbers, a sample of generated text, and the model that was trained with exact
 attention, for fp4_or_int8.py.
 
@@ -67,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.perf_counter()
     given = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
-    options = _with_preset(parser, parser.parse_args(given))
+    options = parser.parse_args(given)
+    start = _start(parser, options)
+    options = _with_preset(parser, options)
     shape = Shape(
         options.layers, options.heads, options.head_dim, options.context, DTYPES[options.dtype],
         options.qk_norm,
@@ -82,7 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as problem:
         parser.error(f"--output {options.output} cannot be made a folder: {problem.strerror}")
 
-    model = GPT(shape, rngs=nnx.Rngs(options.seed))  # under jit XLA takes minutes for a GPU
+    if start is None:
+        model = GPT(shape, rngs=nnx.Rngs(options.seed))  # under jit XLA takes minutes for a GPU
+    else:
+        graph = nnx.graphdef(nnx.eval_shape(lambda: GPT(shape, rngs=nnx.Rngs(0))))
+        model = nnx.merge(graph, nnx.state(start))
     size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     device = jax.devices()[0]
     print(
@@ -165,6 +172,24 @@ def _attentions(options) -> dict:
     return attentions
 
 
+def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> GPT | None:
+    """The model of --start, whose sizes become those of the options that were not given."""
+    if options.start is None:
+        return None
+    try:
+        model = checkpoint.load(options.start).model
+    except (ValueError, OSError) as problem:
+        parser.error(f"--start: {problem}")
+    for name in ("layers", "heads", "head_dim", "qk_norm"):
+        given, found = getattr(options, name), getattr(model.shape, name)
+        if given not in (None, found):
+            parser.error(
+                f"--{name.replace('_', '-')} {given} differs from {found}, that of {options.start}; leave it out"
+            )
+        setattr(options, name, found)
+    return model
+
+
 def _with_preset(parser: argparse.ArgumentParser, options: argparse.Namespace):
     """Fills in what was not given, and refuses numbers that no model can have."""
     if options.preset is None:
@@ -172,6 +197,8 @@ def _with_preset(parser: argparse.ArgumentParser, options: argparse.Namespace):
     for name, value in dataclasses.asdict(PRESETS[options.preset]).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.qk_norm is None:
+        options.qk_norm = True
     if options.head_dim % 2:
         parser.error(f"--head-dim {options.head_dim} is odd; rotary positions need an even number")
     if options.exact == "cudnn" and (jax.default_backend() != "gpu" or options.dtype == "float32"):
@@ -234,7 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=count, metavar="N", help="training steps of each run")
     add("--learning-rate", type=positive, metavar="X", help="AdamW's peak learning rate")
     add("--dtype", choices=DTYPES, help="type of activations; parameters are always float32")
-    add("--qk-norm", action=argparse.BooleanOptionalAction, default=True,
+    add("--start", type=pathlib.Path, metavar="FILE",
+        help="model.npz of an earlier run to begin from; default: random parameters")  # fmt: skip
+    add("--qk-norm", action=argparse.BooleanOptionalAction,
         help="normalise the queries and keys of each head; default: yes")  # fmt: skip
     add("--exact", choices=("xla", "cudnn"), help="implementation of jax.nn in the exact run")
     add("--again", type=natural, default=0, metavar="N",

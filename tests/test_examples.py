@@ -93,6 +93,25 @@ def test_a_model_without_qk_norm_trains_and_is_read_again(train_gpt, capsys, tmp
     assert not checkpoint.load(tmp_path / "model.npz").model.shape.qk_norm
 
 
+def test_a_run_begins_where_another_ended(train_gpt, capsys, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_gpt.main([*TINY, "--no-qk-norm", "--output", str(first)]) == 0
+    start = ["--start", str(first / "model.npz")]
+    longer = "--preset cpu --context 96 --batch 1 --steps 2 --sample 12".split()
+    assert train_gpt.main([*longer, *start, "--output", str(second)]) == 0
+    one, two = (json.loads((x / "results.json").read_text())["runs"] for x in (first, second))
+    ended, begun = one["exact"]["held_out_loss"][-1][1], two["exact"]["held_out_loss"][0][1]
+    assert begun == pytest.approx(ended, abs=0.1) and begun < one["exact"]["held_out_loss"][0][1]
+
+    from gpt import checkpoint
+
+    shape = checkpoint.load(second / "model.npz").model.shape
+    assert (shape.layers, shape.head_dim, shape.context, shape.qk_norm) == (2, 16, 96, False)
+    capsys.readouterr()
+    assert "--layers 3 differs from 2" in error_line(train_gpt, capsys, *longer, *start, "--layers", "3")
+    assert "--start: " in error_line(train_gpt, capsys, *longer, "--start", str(first / "loss.png"))
+
+
 def test_equal_seeds_give_equal_batches(train_gpt):
     from gpt import text
 

@@ -342,12 +342,17 @@ class DecodeGroup {
       return top;
     };
     const int thread = static_cast<int>(threadIdx.x), rows = min(at_.rows_left, kDecodeRows);
-    for (int i = thread; i < rows * kHeadDim; i += Config::kConsumers) {
-      const int row = i / kHeadDim, channel = i % kHeadDim;
+    constexpr int kFours = kHeadDim / 4;
+    for (int i = thread; i < rows * kFours; i += Config::kConsumers) {
+      const int row = i / kFours, channel = i % kFours * 4;
       const float top = top_of(row);
-      float sum = 0.0f;
-      for (int k = 0; k < Config::kGroups; ++k) sum = fmaf(outputs[k][row][channel], sm80::weight_of_part(tops[k][row], top), sum);
-      call_.out[part_of(row) * kHeadDim + channel] = sum;
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int k = 0; k < Config::kGroups; ++k) {
+        const float weight = sm80::weight_of_part(tops[k][row], top);
+        const float4 x = *reinterpret_cast<const float4*>(&outputs[k][row][channel]);
+        sum = {fmaf(x.x, weight, sum.x), fmaf(x.y, weight, sum.y), fmaf(x.z, weight, sum.z), fmaf(x.w, weight, sum.w)};
+      }
+      *reinterpret_cast<float4*>(call_.out + part_of(row) * kHeadDim + channel) = sum;
     }
     if (thread < rows) {
       const float top = top_of(thread);
