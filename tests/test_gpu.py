@@ -401,6 +401,28 @@ def test_few_queries_split_the_keys(case, recipe):
         assert_agree(actual, wanted, rough, name)
 
 
+@pytest.mark.parametrize("recipe", [PRESETS["sage2"], PRESETS["sage2"].replace(pv="bf16")], ids=by_name)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_few_queries_and_bad_tokens(head_dim, recipe):
+    """A key with a NaN, another with an Inf that the window hides from some queries, a query with a NaN, no keys at all."""
+    case = Case(
+        "bad", B=3, T=5, S=2500, N=8, K=2, H=head_dim, left=1100, right=0, bottom_right=True, lengths=True,
+        empty_rows=True,
+    )  # fmt: skip
+    with host():
+        q, k, v, *rest = make_inputs(case)
+        q = q.at[0, 2, 5, 7].set(jnp.nan)
+        k = k.at[0, 37, 0, 3].set(jnp.nan)
+        v = v.at[1, :, 1, 0].set(jnp.where(jnp.arange(case.S) % 700 == 3, jnp.inf, v[1, :, 1, 0]))
+    inputs = (q, k, v, *rest)
+    qq, kv, expected = forward_on_host(case, recipe, inputs, implementation="cpu")
+    rows = on_gpu("attend", case, recipe, *attend_operands(qq, kv, inputs[-1]))
+    assert np.isnan(np.asarray(expected[0])).any() and not np.isnan(np.asarray(expected[0])).all()
+    for name, actual, wanted in zip(("out", "lse", "m", "l"), rows, expected):
+        rough = 0.04 if name == "out" and recipe.pv == "e4m3" else 5e-3 if name == "out" else 1e-5
+        assert_agree(actual, wanted, rough, name)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("recipe", ["sage2", "sage2pp"])
 def test_a_mean_of_the_values_costs_nothing(recipe, head_dim):
@@ -456,4 +478,13 @@ def test_small_problems_for_the_sanitizer(recipe, head_dim):
         settings = settings_of(case, recipe, "cuda")
         results = _vjp.attention(settings, q, k, v, Masks(*present(masks)))
     for x in jax.device_get(results):
+        assert not np.isnan(np.asarray(x, np.float32)).any()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_few_queries_for_the_sanitizer(head_dim):
+    case = Case("decode", B=1, T=2, S=1100, N=4, K=2, H=head_dim, left=900, right=0, bottom_right=True, dtype="bfloat16")
+    q, k, v, _, _, masks = make_inputs(case)
+    settings = settings_of(case, PRESETS["sage2"], "cuda")
+    for x in jax.device_get(_vjp.attention(settings, q, k, v, Masks(*present(masks)))):
         assert not np.isnan(np.asarray(x, np.float32)).any()

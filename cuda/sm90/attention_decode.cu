@@ -1,4 +1,4 @@
-// A few queries against many keys on sm_90a: a block a multiprocessor.
+// A few queries against many keys on sm_90a: a block a multiprocessor (docs/kernels/sm90_decode.md).
 #include "sm90/attention_decode.cuh"
 
 #include "common/launch.h"

@@ -1,6 +1,6 @@
 // A few queries against many keys on Hopper (docs/abi.md, section 3): split-K as in sm80/attention_decode.cuh, on wgmma.
 // Keys and channels are the rows of its products, S = K·Qᵀ and O = Vᵀ·Pᵀ, so that 16 queries fill them: with queries as
-// rows three quarters of 64 would be empty. docs/kernels/sm80_decode.md has the picture.
+// rows three quarters of 64 would be empty. docs/kernels/sm90_decode.md has the picture.
 //
 // Requirements
 //   sm_90a; head dimension padded to 64 or 128; neither segments nor a dense mask; values in e4m3.
