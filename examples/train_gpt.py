@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = jax.devices()[0]
     print(
         f"{size / 1e6:.1f}M parameters, {shape.layers} layers, {shape.heads} heads of "
-        f"{shape.head_dim}, context {shape.context}, {options.dtype}, on {device.device_kind}\n"
+        f"{shape.head_dim}, context {shape.context}, {options.dtype}, on {device.device_kind}"
+        f"{f', from {options.start}' if options.start else ''}\n"
         f"{corpus.train.size / 1e6:.1f} MB of text to train on, {corpus.held_out.size / 1e6:.1f} "
         f"MB held out: {corpus.files} files of {corpus.folder}"
     )
@@ -173,20 +174,34 @@ def _attentions(options) -> dict:
 
 
 def _start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> GPT | None:
-    """The model of --start, whose sizes become those of the options that were not given."""
+    """The model of --start, from which the options that were not given take its sizes, context, type and text."""
     if options.start is None:
         return None
+    if options.start.resolve().parent == options.output.resolve():
+        parser.error(f"--start {options.start} lies where this run would write; give another --output")
     try:
-        model = checkpoint.load(options.start).model
-    except (ValueError, OSError) as problem:
+        model, folder = checkpoint.load(options.start)
+    except ValueError as problem:
         parser.error(f"--start: {problem}")
-    for name in ("layers", "heads", "head_dim", "qk_norm"):
-        given, found = getattr(options, name), getattr(model.shape, name)
+    except OSError as problem:
+        parser.error(f"--start {options.start} cannot be read: {problem.strerror}")
+    shape = model.shape
+    for name in ("layers", "heads", "head_dim"):
+        given, found = getattr(options, name), getattr(shape, name)
         if given not in (None, found):
             parser.error(
                 f"--{name.replace('_', '-')} {given} differs from {found}, that of {options.start}; leave it out"
             )
         setattr(options, name, found)
+    if options.qk_norm not in (None, shape.qk_norm):
+        parser.error(
+            f"{options.start} has {'a' if shape.qk_norm else 'no'} QK-norm; leave out "
+            f"--{'' if options.qk_norm else 'no-'}qk-norm"
+        )
+    options.qk_norm = shape.qk_norm
+    options.context = options.context or shape.context
+    options.dtype = options.dtype or jnp.dtype(shape.dtype).name
+    options.text = options.text or folder
     return model
 
 
@@ -262,7 +277,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=positive, metavar="X", help="AdamW's peak learning rate")
     add("--dtype", choices=DTYPES, help="type of activations; parameters are always float32")
     add("--start", type=pathlib.Path, metavar="FILE",
-        help="model.npz of an earlier run to begin from; default: random parameters")  # fmt: skip
+        help="model.npz of an earlier run to begin from, with a fresh optimizer; its sizes, context, type and "
+        "text hold unless others are given (other batches: --seed); default: random parameters")  # fmt: skip
     add("--qk-norm", action=argparse.BooleanOptionalAction,
         help="normalise the queries and keys of each head; default: yes")  # fmt: skip
     add("--exact", choices=("xla", "cudnn"), help="implementation of jax.nn in the exact run")

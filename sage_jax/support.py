@@ -171,15 +171,16 @@ def _check_shapes(query, key, value):
             )
     q, k, v = (((1,) * (4 - len(x.shape))) + tuple(x.shape) for x in (query, key, value))
     if k != v:
+        advice = "pad the narrower head dimension" if k[:3] == v[:3] else "give one value for each key"
         raise ValueError(
-            f"key and value must have the same shape, but got {key.shape} and {value.shape}; pad "
-            f"the narrower head dimension."
+            f"key and value must have the same shape, but got {key.shape} and {value.shape}; {advice}."
         )
     (B, T, N, H), (_, S, K, _) = q, k
     if (k[0], k[3]) != (B, H):
+        mixed = len(query.shape) != len(key.shape)
         raise ValueError(
             f"query and key must agree in batch and head dimension, but got query {query.shape} "
-            f"and key {key.shape}."
+            f"and key {key.shape}{'; give both a batch axis, or neither' if mixed else ''}."
         )
     if K == 0 or N == 0 or N % K:
         raise ValueError(

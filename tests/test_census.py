@@ -65,8 +65,38 @@ def test_complains_about_a_missing_instruction(opcode):
 
 @pytest.mark.parametrize("arch, wanted", [("89", False), ("90a", True), ("120a", True)])
 def test_kernels_that_start_early_wait_for_the_grid_before(arch, wanted):
-    found = census.expected(census.Kernel(arch, "combine_splits<DecodeConfig E4m3 128 6 196608>"))
-    assert ("ACQBULK" in dict(found)) == wanted
+    for name in ("combine_splits<DecodeConfig E4m3 128>", "combine_splits<DecodeConfig 128>", "attention_decode<DecodeConfig 128>"):
+        found = census.expected(census.Kernel(arch, name))
+        assert ("ACQBULK" in dict(found)) == wanted
+
+
+DECODE_MANGLED = "_ZN4sage4sm9016attention_decodeINS0_12DecodeConfigILi128EEEEEvNS0_10DecodeCallE"
+COMBINE_MANGLED = "_ZN4sage4sm8014combine_splitsINS_4sm9012DecodeConfigILi128EEEEEvNS0_10DecodeCallE"
+
+
+def test_decode_multiplies_by_warpgroups_and_hands_no_registers_over():
+    decode = census.Kernel(
+        "90a", census.short_name(DECODE_MANGLED), 93,
+        instructions=Counter({"IGMMA": 8, "QGMMA": 8, "UTMALDG": 3, "WARPGROUP.DEPBAR": 2, "ACQBULK": 1}),
+    )  # fmt: skip
+    combine = census.Kernel("90a", census.short_name(COMBINE_MANGLED), 64, instructions=Counter({"ACQBULK": 1}))
+    assert decode.warpgroups and not combine.warpgroups
+    assert census.violations([decode, combine]) == []
+    for kernel, opcode in ((decode, "ACQBULK"), (combine, "ACQBULK"), (decode, "QGMMA")):
+        count = kernel.instructions.pop(opcode)
+        (sentence,) = census.violations([kernel])
+        assert opcode in sentence
+        kernel.instructions[opcode] = count
+    combine.registers = 96
+    assert "uses 96 registers" in census.violations([combine])[0]
+
+
+def test_counts_stores_by_the_copy_engine():
+    found = {}
+    text = f"arch = sm_90a\n\t\tFunction : {WGMMA_MANGLED}\n        /*0000*/  @P1 UTMASTG.3D [UR4], [UR8] ;\n"
+    census.parse_sass(text.splitlines(), found)
+    (kernel,) = found.values()
+    assert kernel.instructions["UTMASTG"] == 1
 
 
 WGMMA_MANGLED = "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10E4m3ValuesELi128EEEEEvNS0_11ForwardCallE"

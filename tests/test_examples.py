@@ -109,7 +109,23 @@ def test_a_run_begins_where_another_ended(train_gpt, capsys, tmp_path):
     assert (shape.layers, shape.head_dim, shape.context, shape.qk_norm) == (2, 16, 96, False)
     capsys.readouterr()
     assert "--layers 3 differs from 2" in error_line(train_gpt, capsys, *longer, *start, "--layers", "3")
-    assert "--start: " in error_line(train_gpt, capsys, *longer, "--start", str(first / "loss.png"))
+    assert "leave out --qk-norm" in error_line(train_gpt, capsys, *longer, *start, "--qk-norm")
+    assert "another --output" in error_line(train_gpt, capsys, *longer, *start, "--output", str(first))
+    assert "is not a model" in error_line(train_gpt, capsys, *longer, "--start", str(first / "loss.png"))
+    assert "cannot be read: No such file" in error_line(train_gpt, capsys, *longer, "--start", str(first / "none"))
+
+
+def test_a_run_from_another_keeps_its_text_and_context(train_gpt, capsys, tmp_path):
+    words = tmp_path / "words"
+    words.mkdir()
+    for i in range(40):
+        (words / f"{i}.py").write_text(f"x = {i}\n" * 200)
+    assert train_gpt.main([*TINY, "--text", str(words), "--output", str(tmp_path / "first")]) == 0
+    model = str(tmp_path / "first" / "model.npz")
+    arguments = ["--preset", "cpu", "--steps", "2", "--sample", "12", "--start", model]
+    assert train_gpt.main([*arguments, "--output", str(tmp_path / "second")]) == 0
+    said = capsys.readouterr().out
+    assert f"context 48, float32, on cpu, from {model}" in said and f"files of {words}" in said
 
 
 def test_equal_seeds_give_equal_batches(train_gpt):

@@ -24,7 +24,9 @@ def array(*shape, dtype=jnp.bfloat16):
 ERRORS = {
     "rank": ((array(N, H), k0, v0), {}, "query has shape .* supported are"),
     "key_value": ((q0, k0, array(B, S, K, H + 1)), {}, "key and value must have the same shape"),
+    "values": ((q0, k0, array(B, S + 1, K, H)), {}, "give one value for each key"),
     "batch": ((array(3, T, N, H), k0, v0), {}, "agree in batch and head dimension"),
+    "mixed_rank": ((q0, array(S, K, H), array(S, K, H)), {}, "give both a batch axis, or neither"),
     "heads": ((array(B, T, 5, H), k0, v0), {}, "multiple of the number of key/value heads, but got 5 and 2"),
     "head_dim": ((array(B, T, N, 257), *[array(B, S, K, 257)] * 2), {}, "head dimension 257 .* between 1 and 256"),
     "mixed": ((q0, array(B, S, K, H, dtype=jnp.float32), v0), {}, "one dtype, but got query bfloat16, key float32|same"),

@@ -40,7 +40,7 @@ inline DecodePlan decode_plan(const AttentionShape& s, const MaskParams& masks, 
 // Attention by that plan, whose `splits` are more than 1.
 const char* attend_split(const AttendParams& params, const DecodePlan& plan, Stream stream);
 
-// The same with values in e4m3, for sm_90, and whether it is built and the current device is one.
+// The same with values in e4m3, for sm_90a, and whether it is built and the current device is one.
 const char* attend_split_sm90(const AttendParams& params, const DecodePlan& plan, Stream stream);
 bool has_sm90_decode();
 

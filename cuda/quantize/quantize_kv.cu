@@ -2,8 +2,8 @@
 //
 // Two launches: statistics over the sequence (means of K and V, largest |V - mean| per channel; strands.cuh), and the
 // codes, with what the backward pass has to know of all of them. Where nothing runs over the sequence (no smoothing, V in
-// bf16 or INT8), the first only clears the maxima, if there are any. The blocks of both stay, and read the next tile
-// while they work on one.
+// bf16 or INT8; no keys), the first only clears the maxima, if there are any. The blocks of both stay, and read the next
+// tile while they work on one.
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).

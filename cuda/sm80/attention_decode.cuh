@@ -31,13 +31,13 @@ struct DecodeCall {
   }
 };
 
-// kWarps warps a block; kRing bytes of shared memory for their rings.
-template <class Values_, int kHeadDim_, int kWarps_ = 256 / kHeadDim_, int kRing = 96 * 1024>
+template <class Values_, int kHeadDim_>
 struct DecodeConfig {
   using Values = Values_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRowTiles = 1;
-  static constexpr int kWarps = kWarps_;
+  static constexpr int kWarps = 256 / kHeadDim;
+  static constexpr int kRing = 96 * 1024;  // bytes for the rings of all warps: what one block of sm_86 can have
   static constexpr int kThreads = kWarps * kWarpSize;
   using QueryTile = SharedTile<kDecodeRows, kHeadDim>;
   using KeyTile = SharedTile<kTileKeys, kHeadDim>;

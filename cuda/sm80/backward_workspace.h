@@ -33,7 +33,7 @@ struct BackwardWorkspace {
   uint8_t* z;             // [B, K, Hp, Sp] of dQ
   float* x_max;           // [B, K, Hp] largest magnitude of each channel
   float* y_max;           // [B, K, Hp]
-  uint32_t* taken;        // [2] how many blocks of keys are taken; of queries, or pieces of heads by finish_dq
+  uint32_t* taken;        // [2] blocks of keys that are taken, besides those dealt out; of queries, or pieces of heads by finish_dq
   uint32_t* cleared;      // [B, K] blocks of keys that have cleared their share of the head's dQ
   uint32_t* added;        // [B, K] how often a warp has added its share of a block of keys to it
   int64_t counters;       // from x_max to the last of `added`: what is zero before the pass

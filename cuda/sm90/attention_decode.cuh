@@ -93,10 +93,12 @@ template <class Config>
 __device__ __forceinline__ void prefetch(const DecodeCall& call) {
   for (const CUtensorMap* map : {&call.q, &call.k, &call.v}) ptx::prefetch_tensor_map(map);
   const sm80::DecodeCall& split = call.split;
-  const int kv_plane = static_cast<int>(blockIdx.x) / split.plan.splits / split.plan.row_tiles;
-  ptx::prefetch_global_l2(split.p.masks.bounds + 3 * (kv_plane / split.p.shape.kv_heads));
-  ptx::prefetch_global_l2(split.p.q_scale + static_cast<int64_t>(kv_plane) * (split.p.shape.heads / split.p.shape.kv_heads) *
-                                                split.p.shape.queries);
+  const AttentionShape& shape = split.p.shape;
+  const int row_tile = static_cast<int>(blockIdx.x) / split.plan.splits, kv_plane = row_tile / split.plan.row_tiles;
+  const int64_t row = static_cast<int64_t>(kv_plane) * (shape.heads / shape.kv_heads) * shape.queries +
+                      row_tile % split.plan.row_tiles * kDecodeRows;
+  ptx::prefetch_global_l2(split.p.masks.bounds + 3 * (kv_plane / shape.kv_heads));
+  ptx::prefetch_global_l2(split.p.q_scale + row);
 }
 
 // Copies the block's queries and tiles. One thread.
@@ -197,7 +199,8 @@ class DecodeGroup {
       ptx::keep_in_registers(s[h]);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        x[h][i] = static_cast<float>(s[h][i]) * score_multiplier(row_scale_[query(i)], fabsf(scales[h]));
+        // Rounded by itself: the largest score minus m has to be zero.
+        x[h][i] = __fmul_rn(static_cast<float>(s[h][i]), score_multiplier(row_scale_[query(i)], fabsf(scales[h])));
       }
     }
     bool whole = true;
@@ -432,7 +435,7 @@ const char* launch_decode(const AttendParams& params, const DecodePlan& plan, St
   const int64_t group_rows = static_cast<int64_t>(s.heads / s.kv_heads) * s.queries;
   const int64_t padded_keys = static_cast<int64_t>(mask_tiles(s.keys)) * kTileKeys;
   const char* error = encode_tensor_map(call.q, {params.q8, 1, kHeadDim, group_rows, planes, kHeadDim, kDecodeRows});
-  // The rest of 256 bytes would be another block's.
+  // The rest of 256 bytes of V would be another block's.
   TensorMapSpec keys = {params.k8, 1, kHeadDim, s.keys, planes, kHeadDim, Config::kKeys};
   TensorMapSpec values = {params.v_pv, 1, padded_keys, kHeadDim, planes, Config::kKeys, kHeadDim};
   keys.narrow = values.narrow = true;

@@ -1,6 +1,6 @@
-// How blocks that stay share the gradients out: each has its first rows; the next ones one warp of it, the loader, takes
-// from a counter that all blocks count up, and writes down what the consumers have to know of them. While these end a block
-// of rows it brings the next.
+// How blocks that stay share the gradients out: one warp of each, the loader, takes rows from a counter that all blocks count
+// up (the first ones are dealt out, where no block waits for another), and writes down what the consumers have to know of
+// them. While these end a block of rows it brings the next.
 #pragma once
 
 #include "common/mask.cuh"
