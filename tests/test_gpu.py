@@ -417,9 +417,12 @@ def test_few_queries_and_bad_tokens(head_dim, recipe):
     inputs = (q, k, v, *rest)
     qq, kv, expected = forward_on_host(case, recipe, inputs, implementation="cpu")
     rows = on_gpu("attend", case, recipe, *attend_operands(qq, kv, inputs[-1]))
-    assert np.isnan(np.asarray(expected[0])).any() and not np.isnan(np.asarray(expected[0])).all()
+    poisoned = np.isnan(np.asarray(expected[3]))
+    assert poisoned.any() and not poisoned.all()
     for name, actual, wanted in zip(("out", "lse", "m", "l"), rows, expected):
         rough = 0.04 if name == "out" and recipe.pv == "e4m3" else 5e-3 if name == "out" else 1e-5
+        if name == "m":  # that of a query with a NaN is open
+            actual, wanted = (np.where(poisoned, 0.0, np.asarray(x)) for x in (actual, wanted))
         assert_agree(actual, wanted, rough, name)
 
 
