@@ -60,7 +60,7 @@ void prepare_rows(const Prepared& f, Block& block, KeyTile& tile) {
     f.delta[at] = total(dot) - dlse;
     if (p.backward != Backward::train8) continue;
     float length = norm(s.Hp, [&](int64_t h) { return loadf(dout + h); });
-    f.r[at] = 2 / __builtin_sqrtf(s.H) * length * p.v_norm[block.head()] + __builtin_fabsf(dlse);
+    f.r[at] = 8.0f / 7.0f * length * p.v_norm[block.head()] + __builtin_fabsf(dlse);
     F y_factor = splat(f.r[at] * block.inverse_l[r]);
     for (int64_t h = 0; h < s.Hp; h += kLanes) {
       F x = loadf(dout + h) * block.inverse_l[r];

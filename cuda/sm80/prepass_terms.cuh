@@ -9,6 +9,7 @@
 namespace sage::prepass {
 
 inline constexpr float kSmallestR = 0x1p-100f;  // below, 1/r could overflow: such rows carry no gradient
+inline constexpr float kRowBound = 8.0f / 7.0f;  // r bounds |dP − D|, at most 2‖dO‖·‖V‖, so that no code of G saturates
 
 // Tokens of a thread at once, as many as registers hold.
 template <class Piece>
@@ -33,7 +34,6 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_te
     if (c < kHeadDim) v_mean[c] = p.v_mean[kv_plane * kHeadDim + c];
   }
   const bool clears_dq = kTrain8 && kv_plane < p.cleared_heads;  // sm90/backward_dq_sums.cuh
-  const float norm_factor = 2.0f / sqrtf(static_cast<float>(s.head_dim));
   const float v_norm = kTrain8 ? p.v_norm[kv_plane] : 0.0f;
   __syncthreads();
 
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_te
     GroupScale codes = {1.0f, 1.0f};
     if (kTrain8) {
       if (p.dp == DpFormat::kInt8) codes = group_scale(counts ? largest : 0.0f, 127.0f);
-      const float r = norm_factor * length * v_norm + fabsf(dlse);
+      const float r = kRowBound * length * v_norm + fabsf(dlse);
       const float inverse_r = r > kSmallestR ? 1.0f / r : 0.0f;
       if (counts) y_factor = q_scale * (r * inverse_l);
       terms.gain = codes.scale * inverse_r;
