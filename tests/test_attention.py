@@ -396,6 +396,19 @@ def test_rows_bounded_by_2_to_the_minus_100_give_no_gradient(log2, vanishes, imp
 
 
 @each_backend
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_where_dout_lies_along_what_values_differ_by(head_dim, implementation):
+    """As it does in models that have learnt: dP − D is √H/2 times what random data have, and no code may be cut off."""
+    q, k, v = inputs(h=head_dim, s=200)
+    u = jax.random.normal(jax.random.key(5), (head_dim,))
+    v = 0.1 * v + jnp.where(jax.random.bernoulli(jax.random.key(6), 0.5, v.shape[:3])[..., None], u, -u)
+    out, vjp = jax.vjp(lambda *a: attend(*a, implementation=implementation), q, k, v)
+    wanted = jax.vjp(exact, q, k, v)[1](jnp.broadcast_to(u, out.shape))
+    for name, got, want in zip(("dq", "dk"), vjp(jnp.broadcast_to(u, out.shape)), wanted):
+        assert relative_l2(got, want) < 0.08, name
+
+
+@each_backend
 def test_constant_channels_and_zero_blocks(implementation):
     q, k, v = inputs(s=200)
     k, v = (
