@@ -143,7 +143,7 @@ def expected(kernel: Kernel) -> list[tuple[str, str]]:
     if kernel.warpgroups:
         values = "HGMMA" if "HalfValues" in name else "QGMMA"
         wanted += [("IGMMA", "INT8 products"), (values, "floating products"), ("UTMALDG", "tensor copies")]
-        if not name.startswith("attention_decode"):  # which has registers enough
+        if (kernel.arch, name) in HANDED:
             wanted.append(("USETMAXREG", "registers handed from the loader to the consumers"))
         if "at_once" in name:
             wanted.append(("UTMAREDG", "sums of dQ, added to memory by the copy engine"))

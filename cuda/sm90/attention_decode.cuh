@@ -60,27 +60,34 @@ struct DecodeConfig {
   static __device__ int queries() { return full(2 * kStages); }
 };
 
-// What a block works on: up to 16 query rows that share a key head, and every splits-th tile of keys. So the blocks of a head
-// read neighbouring tiles at the same time: rows of V are only 128 bytes of a tile.
+// A block's place: up to 16 query rows that share a key head, and which of its splits.
+struct DecodePlace {
+  int split, b, kv_plane, first_row, rows_left;
+  int64_t row;  // the first one's place in [B, N, T]
+
+  __device__ explicit DecodePlace(const sm80::DecodeCall& call) {
+    const AttentionShape& shape = call.p.shape;
+    const int block = static_cast<int>(blockIdx.x), group_rows = shape.heads / shape.kv_heads * shape.queries;
+    split = block % call.plan.splits;
+    kv_plane = block / call.plan.splits / call.plan.row_tiles;
+    b = kv_plane / shape.kv_heads;
+    first_row = block / call.plan.splits % call.plan.row_tiles * kDecodeRows;
+    rows_left = group_rows - first_row;
+    row = static_cast<int64_t>(kv_plane) * group_rows + first_row;
+  }
+};
+
+// What it works on: every splits-th tile of keys. So the blocks of a head read neighbouring tiles at the same time: rows of V are
+// only 128 bytes of a tile.
 template <class Config>
-struct DecodeShare {
-  int split, splits, b, first_row, rows_left, first, tiles;
-  int64_t kv_plane, row;  // row: the first one's place in [B, N, T]
+struct DecodeShare : DecodePlace {
+  int splits, first, tiles;
   Mask mask;
 
-  __device__ explicit DecodeShare(const sm80::DecodeCall& call)
-      : split(static_cast<int>(blockIdx.x) % call.plan.splits),
-        b(static_cast<int>(blockIdx.x) / call.plan.splits / call.plan.row_tiles / call.p.shape.kv_heads),
-        mask(call.p.shape, call.p.masks, call.p.workspace, b, 0) {
-    const AttentionShape& shape = call.p.shape;
-    const int group_rows = shape.heads / shape.kv_heads * shape.queries;
-    kv_plane = static_cast<int>(blockIdx.x) / call.plan.splits / call.plan.row_tiles;
-    first_row = static_cast<int>(blockIdx.x) / call.plan.splits % call.plan.row_tiles * kDecodeRows;
-    rows_left = group_rows - first_row;
-    row = kv_plane * group_rows + first_row;
-    splits = call.plan.splits;
+  __device__ DecodeShare(const sm80::DecodeCall& call, const DecodePlace& place)
+      : DecodePlace(place), splits(call.plan.splits), mask(call.p.shape, call.p.masks, call.p.workspace, b, 0) {
     int end;
-    mask.key_tiles(0, shape.queries, Config::kKeys, first, end);
+    mask.key_tiles(0, call.p.shape.queries, Config::kKeys, first, end);
     first += split;
     tiles = first < end ? (end - first + splits - 1) / splits : 0;
   }
@@ -89,32 +96,25 @@ struct DecodeShare {
 };
 
 // What the block's first loads will wait for, while the kernel before this one ends.
-template <class Config>
-__device__ __forceinline__ void prefetch(const DecodeCall& call) {
+__device__ __forceinline__ void prefetch(const DecodeCall& call, const DecodePlace& place) {
   for (const CUtensorMap* map : {&call.q, &call.k, &call.v}) ptx::prefetch_tensor_map(map);
-  const sm80::DecodeCall& split = call.split;
-  const AttentionShape& shape = split.p.shape;
-  const int row_tile = static_cast<int>(blockIdx.x) / split.plan.splits, kv_plane = row_tile / split.plan.row_tiles;
-  const int64_t row = static_cast<int64_t>(kv_plane) * (shape.heads / shape.kv_heads) * shape.queries +
-                      row_tile % split.plan.row_tiles * kDecodeRows;
-  ptx::prefetch_global_l2(split.p.masks.bounds + 3 * (kv_plane / shape.kv_heads));
-  ptx::prefetch_global_l2(split.p.q_scale + row);
+  ptx::prefetch_global_l2(call.split.p.masks.bounds + 3 * static_cast<int64_t>(place.b));
+  ptx::prefetch_global_l2(call.split.p.q_scale + place.row);
 }
 
 // Copies the block's queries and tiles. One thread.
 template <class Config>
 __device__ __forceinline__ void bring_tiles(const DecodeCall& call, const DecodeShare<Config>& at, uint32_t base) {
-  const int plane = static_cast<int>(at.kv_plane);
   ptx::mbarrier_arrive_expect_tx(base + Config::queries(), kDecodeRows * Config::kHeadDim);
-  ptx::cp_async_bulk_tensor_3d(base + Config::kQueriesAt, &call.q, base + Config::queries(), 0, at.first_row, plane);
+  ptx::cp_async_bulk_tensor_3d(base + Config::kQueriesAt, &call.q, base + Config::queries(), 0, at.first_row, at.kv_plane);
 #pragma unroll 1
   for (int i = 0; i < at.tiles; ++i) {
     const int stage = i % Config::kStages, key = at.tile(i) * Config::kKeys;
     const uint32_t full = base + Config::full(stage), to = base + stage * Config::kStageBytes;
     ptx::mbarrier_wait(base + Config::empty(stage), (i / Config::kStages & 1) ^ 1);
     ptx::mbarrier_arrive_expect_tx(full, Config::kStageBytes);
-    ptx::cp_async_bulk_tensor_3d(to, &call.k, full, 0, key, plane);
-    ptx::cp_async_bulk_tensor_3d(to + Config::kTileBytes, &call.v, full, key, 0, plane);
+    ptx::cp_async_bulk_tensor_3d(to, &call.k, full, 0, key, at.kv_plane);
+    ptx::cp_async_bulk_tensor_3d(to + Config::kTileBytes, &call.v, full, key, 0, at.kv_plane);
   }
 }
 
@@ -174,7 +174,7 @@ class DecodeGroup {
     const int tile = at_.tile(i) * kHalves, all = mask_tiles(call_.p.shape.keys);
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      scales[h] = i < at_.tiles && tile + h < all ? call_.p.k_scale[at_.kv_plane * all + tile + h] : 0.0f;
+      scales[h] = i < at_.tiles && tile + h < all ? call_.p.k_scale[static_cast<int64_t>(at_.kv_plane) * all + tile + h] : 0.0f;
     }
   }
 
@@ -405,6 +405,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_decode(const __
   extern __shared__ __align__(1024) unsigned char tiles_first[];
   unsigned char* const shared = tiles_first;
   const uint32_t base = ptx::shared_address(shared);
+  const DecodePlace place(call.split);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::full(i), 1);
@@ -413,12 +414,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_decode(const __
     ptx::mbarrier_init(base + Config::queries(), 1);
     ptx::fence_mbarrier_init();
   } else if (threadIdx.x == Config::kConsumers) {
-    prefetch<Config>(call);
+    prefetch(call, place);
   }
   __syncthreads();
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
-  const DecodeShare<Config> at(call.split);
+  const DecodeShare<Config> at(call.split, place);
   if (threadIdx.x < Config::kConsumers) {
     DecodeGroup<Config>(call.split, at, shared).run();
   } else if (threadIdx.x == Config::kConsumers) {
