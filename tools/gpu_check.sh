@@ -8,13 +8,16 @@
 #   test       pytest -m gpu
 #   sanitize   compute-sanitizer (memcheck, racecheck, synccheck) on small cases
 #   bench      benchmarks/attention.py; an earlier result of the same code is completed
+#   lengths    benchmarks/lengths.py, with a causal mask and without
+#   memory     benchmarks/memory.py
 #
 # Options:
 #   --out DIR             where logs and JSON go (default: build/gpu_check)
 #   --python PROGRAM      Python with JAX's CUDA plugin (default: python3)
 #   --wheels DIR          wheels of Python packages that the machine lacks; installed for this run
 #   --archs LIST          CUDA architectures, such as "80;90a" (default: the visible GPU's)
-#   --limit STEP=SECONDS  time limit of a step (build 420, test 300, sanitize 240, bench 540)
+#   --limit STEP=SECONDS  time limit of a step (build 420, test 300, sanitize 240, bench 540,
+#                         lengths 240, memory 240)
 #   --pytest ARGUMENTS    added to the test step, such as "-x -k backward"
 #   --bench ARGUMENTS     added to the bench step, such as "--passes fwd --head-dim 128"
 #
@@ -26,7 +29,8 @@ cd "$(dirname "$0")/.."
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
 fail() { echo "gpu_check.sh: $*" >&2; exit 2; }
 
-declare -A limit=([build]=420 [test]=300 [sanitize]=240 [bench]=540) wanted=()
+steps=(build test sanitize bench lengths memory)
+declare -A limit=([build]=420 [test]=300 [sanitize]=240 [bench]=540 [lengths]=240 [memory]=240) wanted=()
 out=build/gpu_check python=python3 wheels='' archs='' pytest_args='' bench_args=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -40,15 +44,15 @@ while [ $# -gt 0 ]; do
     --pytest) pytest_args=$2; shift ;;
     --bench) bench_args=$2; shift ;;
     --limit)
-      [[ $2 =~ ^(build|test|sanitize|bench)=([1-9][0-9]*)$ ]] \
+      [[ $2 =~ ^(build|test|sanitize|bench|lengths|memory)=([1-9][0-9]*)$ ]] \
         || fail "--limit $2 is not of the form STEP=SECONDS; see --help"
       limit[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}; shift ;;
-    build | test | sanitize | bench) wanted[$1]=yes ;;
-    *) fail "unknown argument '$1'; the steps are build, test, sanitize and bench, see --help" ;;
+    build | test | sanitize | bench | lengths | memory) wanted[$1]=yes ;;
+    *) fail "unknown argument '$1'; the steps are build, test, sanitize, bench, lengths and memory; see --help" ;;
   esac
   shift
 done
-[ ${#wanted[@]} -gt 0 ] || wanted=([build]=yes [test]=yes [sanitize]=yes [bench]=yes)
+[ ${#wanted[@]} -gt 0 ] || for step in "${steps[@]}"; do wanted[$step]=yes; done
 
 mkdir -p "$out" || fail "the folder $out cannot be made"
 out=$(cd "$out" && pwd)
@@ -121,9 +125,25 @@ step_bench() {
   [ ! -f "$out/tests.xml" ] || tests="--tests $out/tests.xml"
   # shellcheck disable=SC2086
   "$python" benchmarks/attention.py --budget-seconds "$budget" $tests $bench_args || code=$?
-  cp benchmarks/results/*.json "$out" 2> /dev/null
+  keep_results
   return $code
 }
+
+step_lengths() {
+  local code=0
+  "$python" benchmarks/lengths.py --causal both || code=$?
+  keep_results
+  return $code
+}
+
+step_memory() {
+  local code=0
+  "$python" benchmarks/memory.py --out benchmarks/results || code=$?
+  keep_results
+  return $code
+}
+
+keep_results() { cp benchmarks/results/*.json benchmarks/results/*.png "$out" 2> /dev/null; }
 
 # Runs a step with its limit; what it prints goes to the screen and to a log.
 run() {
@@ -145,10 +165,10 @@ run() {
 
 budget=$((limit[bench] * 4 / 5)) # the rest is for the measurement in progress
 export python out archs pytest_args bench_args budget
-export -f step_build step_test step_sanitize step_bench
+export -f keep_results "${steps[@]/#/step_}"
 : > "$out/summary.txt"
 status=0
-for name in build test sanitize bench; do
+for name in "${steps[@]}"; do
   [ -n "${wanted[$name]:-}" ] || continue
   run "$name" || [ "$name" != build ] || break
 done

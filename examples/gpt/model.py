@@ -88,7 +88,11 @@ class GPT(nnx.Module):
         Returns logits, float32 [B,T,VOCABULARY].
         """
         positions = start + jnp.arange(tokens.shape[1])
-        x = self.embed(tokens)
+        # A product, not a look-up: the gradient of that adds rows up one after the other where a byte
+        # is frequent, which took 22 of the 53 ms of a training step on an H200.
+        table = self.embed.embedding[...].astype(self.shape.dtype)
+        rows = jax.nn.one_hot(tokens, VOCABULARY, dtype=table.dtype)
+        x = jnp.matmul(rows, table, precision="highest")  # exact: one product of each sum is not zero
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, positions, attend)
         return self.embed.attend(self.norm(x)).astype(jnp.float32)

@@ -68,11 +68,17 @@ def train(
     With `rounding`, the seed of a draw, every parameter starts off by up to 2^-9 of itself, as much
     as a rounding to bfloat16 takes away.
     """
-    graph, parameters = nnx.split(model)
+    graph, start = nnx.split(model)
     if rounding is not None:
-        parameters = _rounded_otherwise(parameters, rounding)
+        start = _rounded_otherwise(start, rounding)
+    # Between the steps there is a plain list of arrays: to take an nnx.State apart for every call
+    # costs milliseconds of Python.
+    parameters, tree = jax.tree.flatten(start)
     optimizer = _optimizer(steps, learning_rate)
-    loss_of = loss_function(graph, attend)
+    loss_of_state = loss_function(graph, attend)
+
+    def loss_of(leaves, tokens):
+        return loss_of_state(tree.unflatten(leaves), tokens)
 
     def update(parameters, state, gradients):
         updates, state = optimizer.update(gradients, state, parameters)
@@ -99,7 +105,7 @@ def train(
             clock.start()
             loss, gradients = step(parameters, tokens)
             if first is None:
-                first = checkpoint.by_name(gradients)
+                first = checkpoint.by_name(tree.unflatten(gradients))
             parameters, state = update(parameters, state, gradients)
             tokens = next(batches)
             losses.append(float(loss))
@@ -110,7 +116,7 @@ def train(
             bar.update()
             if done in marks:
                 curve.append((done, evaluate()))
-    return Run(name, losses, curve, clock.rate, _memory(step), first, parameters)
+    return Run(name, losses, curve, clock.rate, _memory(step), first, tree.unflatten(parameters))
 
 
 @jax.jit
