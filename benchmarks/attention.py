@@ -143,6 +143,27 @@ def plan(options: argparse.Namespace) -> list[Line | Case]:
     return [*lines[:8], *cases, *lines[8:]]
 
 
+def add_contestants(
+    parser: argparse.ArgumentParser, recipes: list[Recipe], named: str, peers: str, ours: str
+) -> None:
+    """Adds the options that `contestants` reads.
+
+    Args:
+      recipes: those measured by default; `named` is how the help names them.
+      peers, ours: the help on the default peers, and on sage_jax's default implementation.
+    """
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        type=commandline.recipe,
+        default=recipes,
+        metavar="RECIPE",
+        help=f"name, or name:field=value,... for a variant (default: {named})",
+    )
+    parser.add_argument("--peers", nargs="*", choices=contenders.PEERS, help=peers)
+    parser.add_argument("--implementation", choices=("cpu", "cuda", "reference"), help=ours)
+
+
 def contestants(options: argparse.Namespace) -> list[contenders.Contender]:
     """Our recipes and the peers that are installed; says which are not, and why."""
     found = [contenders.ours(recipe, options.implementation) for recipe in options.recipes]
@@ -271,19 +292,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         type=pathlib.Path,
         help="junit file of pytest, for the test counts in the results",
     )
-    add(
-        "--recipes",
-        nargs="+",
-        type=commandline.recipe,
-        default=[recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: docs/nvfp4.md
-        metavar="RECIPE",
-        help="name, or name:field=value,... for a variant (default: all 8-bit presets)",
-    )
-    add("--peers", nargs="*", choices=contenders.PEERS, help="implementations to compare with")
-    add(
-        "--implementation",
-        choices=("cpu", "cuda", "reference"),
-        help="sage_jax's implementation to measure (preset: cuda or cpu)",
+    add_contestants(
+        parser,
+        [recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: docs/nvfp4.md
+        "all 8-bit presets",
+        peers="implementations to compare with",
+        ours="sage_jax's implementation to measure (preset: cuda or cpu)",
     )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
     add("--seq", nargs="+", type=count, help="sequence lengths, the most important first")

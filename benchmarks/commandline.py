@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,24 @@ def folder(text: str) -> pathlib.Path:
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a file; name the folder to write to")
     return path
+
+
+def check_trainable(parser: argparse.ArgumentParser, recipes: list[Recipe]) -> None:
+    """Refuses recipes without a backward pass."""
+    for recipe in recipes:
+        if recipe.backward is None:
+            parser.error(f"--recipes {recipe.name} has no backward pass; choose train8 or sagebwd")
+
+
+def check_gpt(parser: argparse.ArgumentParser, head_dim: int, otherwise: str = "") -> None:
+    """Refuses what the GPT of the examples cannot be built with; `otherwise` ends the sentence."""
+    if head_dim % 2:
+        parser.error(
+            f"--head-dim {head_dim} is odd; the GPT's rotary positions need an even number{otherwise}"
+        )
+    missing = [name for name in ("flax", "optax", "tqdm") if not importlib.util.find_spec(name)]
+    if missing:
+        parser.error(f"the GPT needs {' and '.join(missing)}: install what is missing{otherwise}")
 
 
 def complete(options: argparse.Namespace, values: Mapping[str, Any]) -> None:

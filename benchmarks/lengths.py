@@ -256,19 +256,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-length", type=count, help="tokens of a sequence of the second series")
     add("--heads", type=count, help="heads of a sequence (default: 16)")
     add("--dim", type=count, help="head dimension (default: 128)")
-    add(
-        "--recipes",
-        nargs="+",
-        type=commandline.recipe,
-        default=[commandline.recipe(name) for name in ("sage2", "train8")],
-        metavar="RECIPE",
-        help="name, or name:field=value,... for a variant (default: sage2 train8)",
-    )
-    add("--peers", nargs="*", choices=contenders.PEERS, help="(default: cudnn_bf16)")
-    add(
-        "--implementation",
-        choices=("cpu", "cuda", "reference"),
-        help="sage_jax's implementation to measure (default: that of the device)",
+    attention.add_contestants(
+        parser,
+        [commandline.recipe(name) for name in ("sage2", "train8")],
+        "sage2 train8",
+        peers="(default: cudnn_bf16)",
+        ours="sage_jax's implementation to measure (default: that of the device)",
     )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
     add("--causal", choices=CAUSAL, default="yes", help="with the mask or without (default: yes)")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import itertools
 import pathlib
 import sys
@@ -158,24 +157,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=count, help="head dimension times heads (default: 2048; on a CPU 128)")
     add("--head-dim", type=count, help="(default: 128; on a CPU 64)")
     add("--layers", type=count, help="of the GPT (default: 24; on a CPU 2)")
-    add(
-        "--recipes",
-        nargs="+",
-        type=commandline.recipe,
-        default=[commandline.recipe("train8")],
-        metavar="RECIPE",
-        help="name, or name:field=value,... for a variant (default: train8)",
-    )
-    add(
-        "--peers",
-        nargs="*",
-        choices=contenders.PEERS,
-        help="ratios are to the first (default: cudnn_bf16; on a CPU xla)",
-    )
-    add(
-        "--implementation",
-        choices=("cpu", "cuda", "reference"),
-        help="sage_jax's implementation (default: that of the device)",
+    attention.add_contestants(
+        parser,
+        [commandline.recipe("train8")],
+        "train8",
+        peers="ratios are to the first (default: cudnn_bf16; on a CPU xla)",
+        ours="sage_jax's implementation (default: that of the device)",
     )
     add(
         "--checkpoint",
@@ -200,19 +187,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         )
     if options.head_dim > MAX_HEAD_DIM:
         parser.error(f"--head-dim {options.head_dim} is above {MAX_HEAD_DIM}, the largest")
-    if options.model and options.head_dim % 2:
-        parser.error(
-            f"--head-dim {options.head_dim} is odd; the GPT's rotary positions need an even number, "
-            "or give --no-model"
-        )
-    missing = [name for name in ("flax", "optax", "tqdm") if not importlib.util.find_spec(name)]
-    if options.model and missing:
-        parser.error(
-            f"the GPT needs {' and '.join(missing)}: install what is missing, or give --no-model"
-        )
-    for recipe in options.recipes:
-        if recipe.backward is None:
-            parser.error(f"--recipes {recipe.name} has no backward pass; choose train8 or sagebwd")
+    if options.model:
+        commandline.check_gpt(parser, options.head_dim, ", or give --no-model")
+    commandline.check_trainable(parser, options.recipes)
     return options
 
 

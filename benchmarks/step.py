@@ -1,17 +1,17 @@
 """Where the time of a training step goes: attention, and all else.
 
     python benchmarks/step.py                                # a GPT of 101M parameters on a GPU
-    python benchmarks/step.py --contexts 32768 --kernels 12  # and the kernels that take longest
+    python benchmarks/step.py --contexts 16384 --kernels 12  # and the kernels that take longest
 
 The step is the gradient of the GPT of examples/train_gpt.py, with the same parameters and bytes for
 every implementation of attention. For each it prints, in ms,
 
   step       from the call to the result on the host, the median of several
-  device     how long the GPU's kernels ran in one step, by JAX's profiler
+  device     how long the GPU's kernels and copies ran in one step, by JAX's profiler
   attention  those of them that are attention's own, quantization included
 
-Kernels that run beside one another count twice. On a CPU, whose profile has no kernels, and for
-XLA's attention, which has none of its own, there is the step alone.
+Kernels that run beside one another count twice. A CPU's profile has no kernels: there is the step
+alone. XLA's attention has no kernels of its own: there is no line between it and all else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import importlib.util
 import pathlib
 import statistics
 import sys
@@ -142,19 +141,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=count, help="of the GPT (default: 8; on a CPU 2)")
     add("--heads", type=count, help="(default: 8; on a CPU 2)")
     add("--head-dim", type=count, help="(default: 128; on a CPU 64)")
-    add(
-        "--recipes",
-        nargs="+",
-        type=commandline.recipe,
-        default=[commandline.recipe("train8")],
-        metavar="RECIPE",
-        help="name, or name:field=value,... for a variant (default: train8)",
-    )
-    add("--peers", nargs="*", choices=contenders.PEERS, help="(default: cudnn_bf16; on a CPU xla)")
-    add(
-        "--implementation",
-        choices=("cpu", "cuda", "reference"),
-        help="sage_jax's implementation (default: that of the device)",
+    attention.add_contestants(
+        parser,
+        [commandline.recipe("train8")],
+        "train8",
+        peers="(default: cudnn_bf16; on a CPU xla)",
+        ours="sage_jax's implementation (default: that of the device)",
     )
     add(
         "--repeats", type=count, default=10, help="steps of which the median is taken (default: 10)"
@@ -165,14 +157,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for context in options.contexts:
         if options.tokens % context:
             parser.error(f"--tokens {options.tokens} is no multiple of the context {context}")
-    if options.head_dim % 2:
-        parser.error(f"--head-dim {options.head_dim} is odd; rotary positions need an even number")
-    for recipe in options.recipes:
-        if recipe.backward is None:
-            parser.error(f"--recipes {recipe.name} has no backward pass; choose train8 or sagebwd")
-    missing = [name for name in ("flax", "optax", "tqdm") if not importlib.util.find_spec(name)]
-    if missing:
-        parser.error(f"the GPT needs {' and '.join(missing)}: install what is missing")
+    commandline.check_gpt(parser, options.head_dim)
+    commandline.check_trainable(parser, options.recipes)
     return options
 
 

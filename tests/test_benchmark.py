@@ -144,19 +144,12 @@ def test_counts_of_tests_come_from_pytest(tiny, tmp_path):
 def test_what_cannot_run_is_named_and_fails_the_run_only_if_it_is_ours(
     tmp_path, monkeypatch, capsys
 ):
-    def raises(q, k, v, causal):
-        raise NotImplementedError("no such kernel\nhere")
-
-    monkeypatch.setitem(
-        contenders.PEERS, "fa3_bf16", lambda: contenders.Contender("fa3_bf16", None, raises)
-    )
+    monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: broken("fa3_bf16", None))
     options = [*TINY, "--passes", "fwd", "--no-accuracy", "--fresh", "--output"]
     options += [str(tmp_path / "cpu.json"), "--peers", "fa3_bf16"]
     assert benchmark.main(options) == 0
     assert "could not run fa3_bf16: no such kernel here\n" in capsys.readouterr().out
-    monkeypatch.setattr(
-        contenders, "ours", lambda r, _: contenders.Contender("sage_jax", r.name, raises)
-    )
+    monkeypatch.setattr(contenders, "ours", lambda recipe, _: broken("sage_jax", recipe.name))
     assert benchmark.main(options) == 1
 
 
@@ -270,6 +263,15 @@ def test_tree_hash_is_gits(tmp_path, monkeypatch):
 )
 def test_one_file_a_gpu_model(name, file):
     assert measuring.results_path(name) == ROOT / "benchmarks" / "results" / file
+
+
+def broken(impl, recipe):
+    """A contender that cannot run."""
+
+    def raises(q, k, v, causal):
+        raise NotImplementedError("no such kernel\nhere")
+
+    return contenders.Contender(impl, recipe, raises)
 
 
 def assert_refused(parse, options, sentence, capsys):

@@ -106,6 +106,8 @@ def test_the_summary_names_the_tests_that_failed(check, tmp_path):
     [
         (["fly"], "unknown argument 'fly'; the steps are build, test, sanitize, bench, lengths and memory"),
         (["--limit", "bench=soon"], "--limit bench=soon is not of the form STEP=SECONDS"),
+        (["--limit", "fly=60"], "--limit fly=60 is not of the form STEP=SECONDS"),
+        ([""], "unknown argument ''"),
         (["--archs"], "--archs needs a value"),
     ],
 )

@@ -1,17 +1,14 @@
 """`benchmarks/lengths.py` on a tiny grid: both series, results file, plot, what is left out."""
 
-import importlib
 import json
-import sys
 
 import pytest
+from programs import load
 
-from test_benchmark import ROOT, SPEED, assert_refused, assert_rows, contenders, measuring
+from test_benchmark import SPEED, assert_refused, assert_rows, broken, contenders, measuring
 from test_benchmark import same_code  # noqa: F401  (a fixture of this module too)
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-lengths = importlib.import_module("lengths")
-sys.path.remove(str(ROOT / "benchmarks"))
+lengths = load("benchmarks/lengths.py")
 
 GRID = "--lengths 128 64 --batches 1 2 --batch-length 64 --heads 2 --dim 64 --peers xla"
 TINY = f"{GRID} --implementation cpu --causal both --repeats 2 --seconds 1e-4 --out".split()
@@ -79,10 +76,6 @@ def test_what_the_device_cannot_hold_is_left_out_and_named(tmp_path, monkeypatch
 def test_what_cannot_run_is_named_and_fails_the_run_only_if_it_is_ours(
     tmp_path, monkeypatch, capsys
 ):
-    def raises(q, k, v, causal):
-        raise NotImplementedError("no such kernel\nhere")
-
-    broken = lambda impl, recipe: contenders.Contender(impl, recipe, raises)
     monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: broken("fa3_bf16", None))
     options = [*TINY, str(tmp_path), "--peers", "fa3_bf16", "--recipes", "sage2"]
     options += ["--passes", "forward", "--lengths", "64", "--batches"]

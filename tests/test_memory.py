@@ -1,18 +1,14 @@
 """`benchmarks/memory.py` on tiny shapes: what is counted, ratios, the model's step, bad options."""
 
-import importlib
 import json
-import sys
 
 import pytest
-from programs import native_calls
+from programs import load, native_calls
 
-from test_benchmark import ROOT, assert_refused, contenders, measuring
+from test_benchmark import assert_refused, broken, contenders, measuring
 from test_benchmark import same_code  # noqa: F401  (a fixture of this module too)
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-memory = importlib.import_module("memory")
-sys.path.remove(str(ROOT / "benchmarks"))
+memory = load("benchmarks/memory.py")
 
 TINY = (
     "--tokens 256 --channels 128 --head-dim 64 --layers 2 --implementation cpu --peers xla"
@@ -104,10 +100,6 @@ def test_without_peers_there_are_no_ratios(tmp_path, capsys):
 
 
 def test_what_cannot_be_compiled_is_named_and_fails_the_run_only_if_it_is_ours(monkeypatch, capsys):
-    def raises(q, k, v, causal):
-        raise NotImplementedError("no such kernel\nhere")
-
-    broken = lambda impl, recipe: contenders.Contender(impl, recipe, raises)
     monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: broken("fa3_bf16", None))
     options = [*TINY, "--no-model", "--peers", "fa3_bf16"]
     assert memory.main(options) == 0
@@ -150,7 +142,7 @@ def test_wrong_options_give_one_line(options, sentence, capsys):
 
 
 def test_the_model_needs_its_packages(monkeypatch, capsys):
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: name != "flax" or None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "flax" or None)
     sentence = "the GPT needs flax: install what is missing, or give --no-model"
     assert_refused(memory.parse, "", sentence, capsys)
     assert not memory.parse(["--no-model"]).model

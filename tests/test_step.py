@@ -1,17 +1,14 @@
 """`benchmarks/step.py` at a tiny size: its rows, what counts as attention's kernels, bad options."""
 
-import importlib
-import sys
 import types
 
 import jax
 import pytest
+from programs import load
 
-from test_benchmark import ROOT, assert_refused, contenders, measuring
+from test_benchmark import assert_refused, broken, contenders, measuring
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-step = importlib.import_module("step")
-sys.path.remove(str(ROOT / "benchmarks"))
+step = load("benchmarks/step.py")
 
 TINY = (
     "--contexts 32 64 --tokens 64 --layers 1 --heads 1 --head-dim 64 --implementation cpu --peers xla --repeats 2"
@@ -80,10 +77,6 @@ def test_the_longest_kernels(profile, capsys):
 
 
 def test_what_cannot_run_is_named_and_fails_the_run_only_if_it_is_ours(monkeypatch, capsys):
-    def raises(q, k, v, causal):
-        raise NotImplementedError("no such kernel")
-
-    broken = lambda impl, recipe: contenders.Contender(impl, recipe, raises)
     monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: broken("fa3_bf16", None))
     options = [*TINY, "--contexts", "64", "--peers", "fa3_bf16"]
     assert step.main(options) == 0
@@ -104,7 +97,7 @@ def test_the_gpu_sizes(monkeypatch):
     [
         ("--contexts 0", "'0' is not a positive whole number"),
         ("--contexts 100", "--tokens 512 is no multiple of the context 100"),
-        ("--head-dim 33", "--head-dim 33 is odd; rotary positions need an even number"),
+        ("--head-dim 33", "--head-dim 33 is odd; the GPT's rotary positions need an even number"),
         ("--recipes sage2", "--recipes sage2 has no backward pass; choose train8 or sagebwd"),
     ],
 )

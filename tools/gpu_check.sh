@@ -44,11 +44,13 @@ while [ $# -gt 0 ]; do
     --pytest) pytest_args=$2; shift ;;
     --bench) bench_args=$2; shift ;;
     --limit)
-      [[ $2 =~ ^(build|test|sanitize|bench|lengths|memory)=([1-9][0-9]*)$ ]] \
+      [[ $2 =~ ^([a-z]+)=([1-9][0-9]*)$ && -n ${limit[${BASH_REMATCH[1]}]:-} ]] \
         || fail "--limit $2 is not of the form STEP=SECONDS; see --help"
       limit[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}; shift ;;
-    build | test | sanitize | bench | lengths | memory) wanted[$1]=yes ;;
-    *) fail "unknown argument '$1'; the steps are build, test, sanitize, bench, lengths and memory; see --help" ;;
+    *)
+      [[ $1 =~ ^[a-z]+$ && -n ${limit[$1]:-} ]] \
+        || fail "unknown argument '$1'; the steps are build, test, sanitize, bench, lengths and memory; see --help"
+      wanted[$1]=yes ;;
   esac
   shift
 done
