@@ -37,6 +37,7 @@ from sage_jax.recipe import MAX_HEAD_DIM, PRESETS, Recipe  # noqa: E402
 
 PASSES = ("fwd", "bwd", "fwd_bwd", "quantize")
 DATA = ("normal", "outlier", "sink", "sigma3")
+VARIANTS = ("train8:delta=exact", "train8:pv=bf16")  # gradients that err less, for some time
 PRESET_VALUES = {
     "gpu": {
         "implementation": "cuda",
@@ -158,7 +159,7 @@ def add_contestants(
         type=commandline.recipe,
         default=recipes,
         metavar="RECIPE",
-        help=f"name, or name:field=value,... for a variant (default: {named})",
+        help=f"name, or a variant such as train8:delta=exact (default: {named})",
     )
     parser.add_argument("--peers", nargs="*", choices=contenders.PEERS, help=peers)
     parser.add_argument("--implementation", choices=("cpu", "cuda", "reference"), help=ours)
@@ -294,8 +295,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_contestants(
         parser,
-        [recipe for recipe in PRESETS.values() if not recipe.fp4],  # FP4: docs/nvfp4.md
-        "all 8-bit presets",
+        [recipe for recipe in PRESETS.values() if not recipe.fp4]  # FP4: docs/nvfp4.md
+        + [commandline.recipe(variant) for variant in VARIANTS],
+        f"all 8-bit presets, {' '.join(VARIANTS)}",
         peers="implementations to compare with",
         ours="sage_jax's implementation to measure (preset: cuda or cpu)",
     )

@@ -10,9 +10,6 @@ from typing import Any
 
 from sage_jax.recipe import Recipe, resolve
 
-_VALUES = {"True": True, "False": False, "None": None}
-
-
 class Parser(argparse.ArgumentParser):
     """Without abbreviations; a wrong option gives one line instead of argparse's usage."""
 
@@ -40,17 +37,9 @@ def positive(kind: type):
 
 
 def recipe(text: str) -> Recipe:
-    """A preset, or a variant of it such as train8:dp=bf16,delta=exact."""
-    name, _, changes = text.partition(":")
+    """A preset, or a variant of it such as train8:dp=bf16:delta=exact."""
     try:
-        preset = resolve(name)
-        fields = {}
-        for change in changes.split(",") if changes else ():
-            field, equals, value = change.partition("=")
-            if not equals:
-                raise ValueError(f"{change!r} in {text!r} should be field=value")
-            fields[field] = _VALUES.get(value, int(value) if value.isdecimal() else value)
-        return preset.replace(**fields)
+        return resolve(text)
     except ValueError as reason:
         raise argparse.ArgumentTypeError(str(reason)) from reason
 

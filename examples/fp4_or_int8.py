@@ -110,27 +110,17 @@ def _losses(model, recipes, chosen, held_out, sequences) -> dict[str, choice.Los
 
 
 def _recipes(words: str) -> dict[str, Recipe]:
-    """Recipes by what the user calls them, name:field=value:field=value.
+    """Recipes by what the user calls them.
 
     Raises:
       ValueError: no such recipe or field, or one is named twice.
     """
     recipes = {}
     for word in words.split(","):
-        name, *changes = word.split(":")
-        fields = dict(change.partition("=")[::2] for change in changes)
         if word in recipes:
             raise ValueError(f"--recipes names {word} twice")
-        recipes[word] = resolve(name).replace(
-            **{field: _value(value) for field, value in fields.items()}
-        )
+        recipes[word] = resolve(word)
     return recipes
-
-
-def _value(word: str):
-    if word.isdecimal():
-        return int(word)
-    return {"true": True, "false": False, "none": None}.get(word.lower(), word)
 
 
 def _parser() -> Parser:

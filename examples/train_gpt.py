@@ -267,7 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="sizes; default: gpu if JAX sees a GPU, otherwise cpu")
-    add("--recipes", metavar="A,B", help="8-bit recipes to compare with exact attention")
+    add("--recipes", metavar="A,B",
+        help="8-bit recipes to compare with exact attention, with changes as in train8:delta=exact")  # fmt: skip
     add("--layers", type=count, metavar="N", help="transformer blocks")
     add("--heads", type=count, metavar="N", help="attention heads; width is heads x head-dim")
     add("--head-dim", type=count, metavar="N", help="channels of a head, even")

@@ -98,9 +98,9 @@ def attend_backward_rows(
         ("x", gradient, (B, N, Hp, Tp)),
         ("y", gradient, (B, N, Hp, Tp)),
         ("z", gradient, (B, K, Hp, Sp)),
-        # cleared at the start: largest magnitudes of the channels of x and y; how many blocks of keys and of queries are
-        # taken, how often each head's dQ has been cleared and added to
-        ("maxima", "u32", (2 * B * K * Hp + 2 * B * K + 2,)),
+        # cleared at the start: largest magnitudes of the channels of x and y; how many blocks of keys, of queries, and of
+        # queries for D are taken; how often each head's dQ has been cleared and added to
+        ("maxima", "u32", (2 * B * K * Hp + 2 * B * K + 3,)),
     )
 
 

@@ -57,7 +57,7 @@ def dot_product_attention(
       implementation: "cpu", "cuda" or "reference" (plain JAX, O(T·S) memory); None takes the
         platform's own. A name given here is used or refused, never replaced.
       return_residual: also return the natural-log sum-exp of the logits. It is differentiable.
-      recipe: a name from `sage_jax.recipes` or a `Recipe`. None computes `sage2`, and
+      recipe: a name from `sage_jax.recipes`, a name with changes ("train8:delta=exact") or a `Recipe`. None computes `sage2`, and
         differentiates it as `train8`.
       query_segment_ids, key_value_segment_ids: integer [B, T] and [B, S]: packed sequences; a query
         sees its own id only.

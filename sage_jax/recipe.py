@@ -39,7 +39,8 @@ class Recipe:
         scales known before the loop) or "sagebwd" (arXiv 2505.11594, section 4: INT8 per 64×64 tile).
       dp: format of dO·Vᵀ in the backward pass: "int8" or "bf16" (the papers' 16-bit product).
       delta: row correction D of the softmax gradient: "output" (dO·O) or "exact" (recomputed from the backward pass's own
-        probabilities; one more light kernel, fewer errors on sharp heads).
+        probabilities: one more walk over the scores, a third of the backward pass's time on Hopper, for gradients that err
+        far less behind attention sinks and in models without QK-norm; docs/numerics.md).
       qk: format of the product Q·Kᵀ: "int8", or FP4 for both products: "nvfp4" (SageAttention3, arXiv 2505.11594, section 3),
         "mxfp4" or "amxfp4". A backward pass is then that of `eight_bit`.
       smooth_q: FP4 only: subtract each 128 queries' mean, and add its product with K to the scores (section 3.2 there).
@@ -208,11 +209,15 @@ DEFAULT_INFERENCE = PRESETS["sage2"]
 DEFAULT_TRAINING = PRESETS["train8"]
 
 
+_WORDS = {"true": True, "false": False, "none": None}
+
+
 def resolve(recipe: str | Recipe | None) -> Recipe | None:
-    """The recipe of that name; recipes and None pass through.
+    """The recipe of that name, with changes of fields behind it if there are any: "train8:pv=bf16:delta=exact".
+    Recipes and None pass through.
 
     Raises:
-      ValueError: unknown name. TypeError: neither a name nor a Recipe.
+      ValueError: unknown name or field, or a value that is not supported. TypeError: neither a name nor a Recipe.
     """
     if recipe is None or isinstance(recipe, Recipe):
         return recipe
@@ -220,11 +225,22 @@ def resolve(recipe: str | Recipe | None) -> Recipe | None:
         raise TypeError(
             f"recipe should be a name, a sage_jax.Recipe or None, but got {type(recipe).__name__}."
         )
-    if recipe not in PRESETS:
+    name, *changes = recipe.split(":")
+    if name not in PRESETS:
         raise ValueError(
             f"recipe={recipe!r} is unknown; choose one of {', '.join(PRESETS)} or build a sage_jax.Recipe."
         )
-    return PRESETS[recipe]
+    if not changes:
+        return PRESETS[name]
+    fields = {}
+    for change in changes:
+        field, equals, value = change.partition("=")
+        if not equals or field in fields:
+            raise ValueError(
+                f"recipe={recipe!r} changes nothing by {change!r}; write each change once, as in 'train8:delta=exact'."
+            )
+        fields[field] = int(value) if value.isdecimal() else _WORDS.get(value.lower(), value)
+    return PRESETS[name].replace(**{"name": recipe} | fields)
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -109,11 +109,13 @@ def _is_exact(recipe) -> bool:
 
 def _recipe(entry, place: str) -> Recipe | str:
     if isinstance(entry, str):
-        if entry not in (EXACT, *PRESETS):
+        if entry == EXACT:
+            return entry
+        if entry.partition(":")[0] not in PRESETS:
             raise ValueError(
                 f"{place}: {entry!r} is no recipe; choose one of {', '.join(PRESETS)} or {EXACT}."
             )
-        return entry if entry == EXACT else PRESETS[entry]
+        return _placed(place, resolve, entry)
     if not isinstance(entry, dict) or "name" not in entry:
         raise ValueError(
             f"{place}: a recipe is a name or an object with a 'name', but this is {entry!r}."
@@ -126,7 +128,12 @@ def _recipe(entry, place: str) -> Recipe | str:
         if type(value) not in _FIELDS[field]:
             types = " or ".join(t.__name__ for t in _FIELDS[field])
             raise ValueError(f"{place}: {field} should be of type {types}, but is {value!r}.")
+    return _placed(place, Recipe, **entry)
+
+
+def _placed(place: str, make, *args, **kwargs) -> Recipe:
+    """make(...); its ValueError says where in the file."""
     try:
-        return Recipe(**entry)
+        return make(*args, **kwargs)
     except ValueError as reason:
         raise ValueError(f"{place}: {reason}") from reason

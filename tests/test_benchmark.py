@@ -162,7 +162,7 @@ def test_the_gpu_grid_starts_with_what_matters_most():
 
 
 def test_recipes_with_changes():
-    options = benchmark.parse(["--recipes", "train8:dp=bf16,delta=exact", "sage2:q_block=64"])
+    options = benchmark.parse(["--recipes", "train8:dp=bf16:delta=exact", "sage2:q_block=64"])
     assert not benchmark.parse(["--recipes", "sage2:smooth_k=False"]).recipes[0].smooth_k
     assert [(r.dp, r.delta, r.q_block) for r in options.recipes] == [
         ("bf16", "exact", 1),
@@ -181,7 +181,7 @@ def test_recipes_with_changes():
         ("--repeats zero", "'zero' is not a positive whole number"),
         ("--budget-seconds -1", "'-1' is not a positive number"),
         ("--passes sideways", "invalid choice: 'sideways'"),
-        ("--recipes train8:dp", "'dp' in 'train8:dp' should be field=value"),
+        ("--recipes train8:dp", "recipe='train8:dp' changes nothing by 'dp'"),
         ("--recipes train8:q_block=x", "q_block='x'"),
         ("--recipes train8:smooth_k=no", "smooth_k='no' is not supported"),
         ("--head-dim 512 --channels 512", "--head-dim 512 is above 256"),

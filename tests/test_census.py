@@ -1,5 +1,6 @@
 """The machine-code census: its reading of cuobjdump's output, and, where the kernels were built, the census itself."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -89,6 +90,21 @@ def test_decode_multiplies_by_warpgroups_and_hands_no_registers_over():
         kernel.instructions[opcode] = count
     combine.registers = 96
     assert "uses 96 registers" in census.violations([combine])[0]
+
+
+DELTA_MANGLED = "_ZN4sage4sm9014backward_deltaINS0_11DeltaConfigILi128EEEEEvNS0_6DqCallE"
+
+
+def test_d_takes_integer_products_of_warpgroups_and_no_others():
+    instructions = Counter({"IGMMA": 8, "UTMALDG": 4, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 1})
+    delta = census.Kernel("90a", census.short_name(DELTA_MANGLED), 96, instructions=instructions, lowered={64}, raised={104})
+    assert delta.warpgroups and census.violations([delta]) == []
+    for opcode in ("IGMMA", "UTMALDG"):
+        without = Counter({name: count for name, count in instructions.items() if name != opcode})
+        sentences = census.violations([dataclasses.replace(delta, instructions=without)])
+        assert any(f"has no {opcode}" in sentence for sentence in sentences)
+    (sentence,) = census.violations([dataclasses.replace(delta, raised={112})])
+    assert "leaves a consumer 112 registers, not 104" in sentence
 
 
 def test_counts_stores_by_the_copy_engine():
@@ -234,7 +250,7 @@ def test_complains_about_a_budget_of_no_kernel():
 
 def test_the_registers_handed_out_fit_the_file():
     for launch, loaders, each in census.HANDED.values():
-        consumers = {128: 3, 168: 2}[launch]
+        consumers = {96: 4, 128: 3, 168: 2}[launch]
         for loader, consumer in zip(sorted(loaders), sorted(each, reverse=True), strict=True):
             assert loader + consumers * consumer <= (consumers + 1) * launch <= 65536 // 128
 

@@ -244,7 +244,7 @@ def test_backward_follows_the_specification(case, recipe):
         assert_agree(actual, one, bound, name)
 
 
-@pytest.mark.parametrize("recipe", [PRESETS["sage1"], TRAIN8, SAGEBWD], ids=by_name)
+@pytest.mark.parametrize("recipe", [PRESETS["sage1"], TRAIN8, OTHERS[1], SAGEBWD], ids=by_name)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_bad_tokens_reach_the_rows_that_see_them(recipe, value):
     case = Case("bad", T=150, S=150, N=4, K=2, right=0)

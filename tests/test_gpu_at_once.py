@@ -25,9 +25,11 @@ from test_gpu import (
 )
 
 from sage_jax import accuracy, dot_product_attention
+from sage_jax.recipe import resolve
 
 pytestmark = pytest.mark.gpu
 
+EXACT_DELTA = resolve("train8:delta=exact")
 LONG_MASK = dict(B=2, lengths=True, empty_rows=True)
 CASES = [
     Case("causal_gqa", T=1300, S=1300, N=6, K=2, right=0),
@@ -57,16 +59,17 @@ ROUNDED = 6e-3
 REPEATED = 5e-3  # two runs
 
 
+@pytest.mark.parametrize("recipe", [TRAIN8, EXACT_DELTA], ids=lambda recipe: recipe.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients_follow_the_specification(case):
+def test_gradients_follow_the_specification(case, recipe):
     """Which tests/test_cpu.py holds the CPU's kernels to; they need not be compiled for each size."""
     inputs = make_inputs(case)
     *_, dout, dlse, masks = inputs
-    operands = backward_operands(*forward_on_host(case, TRAIN8, inputs, "cpu"), dout, dlse, masks)
-    expected = on_host("attend_backward", case, TRAIN8, *operands, implementation="cpu")
-    ours = on_gpu("attend_backward", case, TRAIN8, *operands)
+    operands = backward_operands(*forward_on_host(case, recipe, inputs, "cpu"), dout, dlse, masks)
+    expected = on_host("attend_backward", case, recipe, *operands, implementation="cpu")
+    ours = on_gpu("attend_backward", case, recipe, *operands)
     for name, actual, one in zip(("dq", "dk", "dv"), ours[:3], expected[:3], strict=True):
-        assert_agree(actual, one, gradient_bound(TRAIN8, case.dtype), name)
+        assert_agree(actual, one, gradient_bound(recipe, case.dtype), name)
 
 
 def gradients(case, inputs, deterministic):

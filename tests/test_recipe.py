@@ -76,6 +76,23 @@ def test_fp4_recipes_are_differentiated_in_8_bits():
     assert PRESETS["sage2"].eight_bit is PRESETS["sage2"]
 
 
+def test_names_with_changes():
+    recipe = resolve("train8:pv=bf16:q_block=64:smooth_k=False:delta=exact")
+    wanted = dict(pv="bf16", q_block=64, smooth_k=False, delta="exact", name=recipe.name)
+    assert recipe == PRESETS["train8"].replace(**wanted)
+    assert recipe.name == "train8:pv=bf16:q_block=64:smooth_k=False:delta=exact"
+    assert resolve("sage3:published=true").published
+    assert resolve("train8:name=mine:delta=exact").name == "mine"
+    assert resolve("train8:backward=none").backward is None
+    for text in ("train8:", "train8:delta", "train8:delta=exact:delta=output"):
+        with pytest.raises(ValueError, match="changes nothing by .*; write each change once"):
+            resolve(text)
+    with pytest.raises(ValueError, match="no field 'colour'"):
+        resolve("train8:colour=red")
+    with pytest.raises(ValueError, match="delta='true' is not supported|delta=True is not"):
+        resolve("train8:delta=true")
+
+
 def test_unknown_names_and_types():
     with pytest.raises(ValueError, match="'sage9' is unknown; choose one of sage1"):
         resolve("sage9")

@@ -31,9 +31,14 @@ def test_round_trip(tmp_path):
 def test_names_of_presets_and_fields_left_out(tmp_path):
     path = tmp_path / "by_hand.json"
     path.write_text(
-        '{"sage_jax_recipes": 1, "recipes": {"a": "sage3", "b": {"name": "mine", "pv": "bf16"}}}'
+        '{"sage_jax_recipes": 1, "recipes": {"a": "sage3", "b": {"name": "mine", "pv": "bf16"},'
+        ' "c": "sage3:published=true"}}'
     )
-    assert sage_jax.load_recipes(path) == {"a": SAGE3, "b": sage_jax.Recipe("mine", pv="bf16")}
+    assert sage_jax.load_recipes(path) == {
+        "a": SAGE3,
+        "b": sage_jax.Recipe("mine", pv="bf16"),
+        "c": SAGE3.replace(published=True, name="sage3:published=true"),
+    }
     sage_jax.save_recipes(path, {"a": "sage2"})
     assert sage_jax.load_recipes(path) == {"a": sage_jax.recipes["sage2"]}
     assert "about" not in json.loads(path.read_text())
@@ -51,6 +56,7 @@ def test_names_of_presets_and_fields_left_out(tmp_path):
         ({"sage_jax_recipes": 1}, "'recipes' should map the name of each layer"),
         ({"sage_jax_recipes": 1, "recipes": {}}, "'recipes' should map the name of each layer"),
         ("sage9", "'a': 'sage9' is no recipe; choose one of sage1"),
+        ("sage3:pv=e5m2", "'a': Recipe 'sage3:pv=e5m2': pv='e5m2' is not supported"),
         (None, "'a': a recipe is a name or an object with a 'name', but this is None"),
         ({"pv": "bf16"}, "'a': a recipe is a name or an object with a 'name'"),
         ({"name": "x", "colour": "red"}, "'a': a recipe has no field 'colour'; the fields"),

@@ -12,6 +12,7 @@ BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 PASSES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "both"}
 COLUMNS = {  # heading: (implementation, recipe)
     "`train8`": ("sage_jax", "train8"),
+    "`train8:delta=exact`": ("sage_jax", "train8:delta=exact"),
     "`sage2`": ("sage_jax", "sage2"),
     "cuDNN bf16": ("cudnn_bf16", None),
     "cuDNN FP8, casts included": ("cudnn_fp8", None),

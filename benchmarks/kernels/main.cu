@@ -2,7 +2,7 @@
 // seconds. Built by `cmake --build ... --target bench_kernels`.
 //
 //   bench_kernels time [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--tokens N] [--channels N]
-//                     [--portable 1] [--backward 1] [--deterministic 1]
+//                     [--portable 1] [--backward 1] [--deterministic 1] [--exact-delta 1]
 //   bench_kernels decode [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--portable 1] [--heads N] [--kv-heads N]
 //   bench_kernels soak [--problems N] [--seed N] [--first N]
 //   bench_kernels contention
@@ -50,7 +50,7 @@ int time_kernels(const Options& o) {
           AttendParams forward = call;
           forward.out = gradients.out.data;
           check(attend(forward, nullptr));
-          const BackwardParams back = gradients.params(p, result, o.portable, false, Dtype::kBf16, o.deterministic);
+          const BackwardParams back = gradients.params(p, result, o.portable, o.exact_delta, Dtype::kBf16, o.deterministic);
           const double back_ms = milliseconds([&] { check(attend_backward(back, nullptr)); });
           printf(" | backward %9.4f %8.1f", back_ms, 2.5 * operations / back_ms / 1e9);
         }
@@ -138,6 +138,7 @@ int main(int count, char** words) {
     else if (name == "--first") o.first = std::atoi(value);
     else if (name == "--portable") o.portable = std::atoi(value) != 0;
     else if (name == "--backward") o.backward = std::atoi(value) != 0;
+    else if (name == "--exact-delta") o.exact_delta = std::atoi(value) != 0;
     else if (name == "--deterministic") o.deterministic = std::atoi(value) != 0;
     else if (name == "--seed") o.seed = static_cast<unsigned>(std::atoi(value));
     else if (name == "--pv") {

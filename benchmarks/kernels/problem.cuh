@@ -287,7 +287,7 @@ struct Options {
   std::vector<int> seq = {16384, 4096, 1024}, dim = {128, 64};
   PvFormat pv = PvFormat::kE4m3;
   int tokens = 16384, channels = 2048, problems = 200, first = 0, heads = 32, kv_heads = 8;
-  bool portable = false, backward = false, deterministic = false;
+  bool portable = false, backward = false, deterministic = false, exact_delta = false;
   unsigned seed = 1;
 };
 

@@ -17,7 +17,6 @@ const char* train8_gradients_sm89(const BackwardCall& params, Stream stream);
 const char* train8_gradients_sm90(const BackwardCall& params, Stream stream);
 void choose_way_sm90(BackwardCall& params);  // sets what says whether all three are computed at once; before the pre-pass
 const char* train8_gradients_sm90_mma(const BackwardCall& params, Stream stream);
-const char* train8_delta_sm90(const BackwardCall& params, Stream stream);  // D alone, INT8 dO·Vᵀ
 const char* sagebwd_gradients_sm80(const BackwardCall& params, Stream stream);
 
 }  // namespace sage

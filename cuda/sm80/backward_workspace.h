@@ -33,7 +33,8 @@ struct BackwardWorkspace {
   uint8_t* z;             // [B, K, Hp, Sp] of dQ
   float* x_max;           // [B, K, Hp] largest magnitude of each channel
   float* y_max;           // [B, K, Hp]
-  uint32_t* taken;        // [2] blocks of keys that are taken, besides those dealt out; of queries, or pieces of heads by finish_dq
+  uint32_t* taken;        // [3] blocks of keys that are taken, besides those dealt out; of queries, or pieces of heads by finish_dq;
+                          //   of queries for D alone
   uint32_t* cleared;      // [B, K] blocks of keys that have cleared their share of the head's dQ
   uint32_t* added;        // [B, K] how often a warp has added its share of a block of keys to it
   int64_t counters;       // from x_max to the last of `added`: what is zero before the pass
@@ -64,12 +65,12 @@ SAGE_HOST_DEVICE BackwardWorkspace backward_workspace(const BackwardParams& p) {
   w.x = row(queries * Hp);
   w.y = row(queries * Hp);
   w.z = row(kv * Hp * Sp);
-  w.x_max = reinterpret_cast<float*>(row((2 * kv * Hp + 2 * kv + 2) * 4));
+  w.x_max = reinterpret_cast<float*>(row((2 * kv * Hp + 2 * kv + 3) * 4));
   w.y_max = w.x_max + kv * Hp;
   w.taken = reinterpret_cast<uint32_t*>(w.y_max + kv * Hp);
-  w.cleared = w.taken + 2;
+  w.cleared = w.taken + 3;
   w.added = w.cleared + kv;
-  w.counters = 2 * kv * Hp + 2 * kv + 2;
+  w.counters = 2 * kv * Hp + 2 * kv + 3;
   w.masks = base + used;
   w.bytes = used;
   return w;

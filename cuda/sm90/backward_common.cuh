@@ -43,11 +43,12 @@ template <int kGroups_, int kProducerRegisters_, int kConsumerRegisters_>
 struct GradientBlock {
   static constexpr int kGroups = kGroups_, kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kProducerRegisters = kProducerRegisters_, kConsumerRegisters = kConsumerRegisters_;
-  static constexpr int kLaunchRegisters = kGroups == 3 ? 128 : 168;  // the most that kThreads leave to each
+  static constexpr int kLaunchRegisters = kGroups == 4 ? 96 : kGroups == 3 ? 128 : 168;  // the most that kThreads leave to each
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= (kGroups + 1) * kLaunchRegisters,
                 "a block has the registers that it was launched with");
-  static constexpr int kHide = 1, kBadKeys = 8, kStop = 64;  // flags of notes; kHide << group
+  static constexpr int kHide = 1, kBadKeys = 16, kStop = 64;  // flags of notes; kHide << group
   static constexpr int kHideAll = (kHide << kGroups) - kHide;
+  static_assert(kHideAll < kBadKeys, "each flag has a bit of its own");
 };
 
 // s = A·Bᵀ: 64 rows by 64 columns of INT8, both tiles [64][kHeadDim] at addresses in 16-byte units.

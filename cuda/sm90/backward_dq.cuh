@@ -32,24 +32,27 @@ struct DqCall {
 template <int kHeadDim>
 using DqBlock = std::conditional_t<kHeadDim == 64, GradientBlock<3, 56, 152>, GradientBlock<2, 56, 224>>;
 
-template <int kHeadDim_>
-struct DqConfig : DqBlock<kHeadDim_> {
-  using Block = DqBlock<kHeadDim_>;
+// kOnlyDelta: for D alone (backward_delta.cuh), which needs neither z nor sums of channels.
+template <int kHeadDim_, class Block_ = DqBlock<kHeadDim_>, bool kOnlyDelta_ = false>
+struct DqConfig : Block_ {
+  using Block = Block_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kOnlyDelta = kOnlyDelta_;
 
   // --------------------------------------------------------------------------- shared-memory map
-  // Q [128][kHeadDim] | dO [128][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
+  // Q [kRows][kHeadDim] | dO [kRows][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
   //   | exact sums of each warp; outputs | terms of the rows | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
-  static constexpr int kStageBytes = 3 * kTileBytes;
-  static constexpr int kWarpBytes = 16 * kHeadDim * 2;
-  static constexpr int kStages = kHeadDim == 128 ? 4 : 6;
+  static constexpr int kStageBytes = (kOnlyDelta ? 2 : 3) * kTileBytes;
+  static constexpr int kWarpBytes = kOnlyDelta ? 0 : 16 * kHeadDim * 2;
+  static constexpr int kStages = kOnlyDelta ? 8 : kHeadDim == 128 ? 4 : 6;
+  static constexpr int kCounter = kOnlyDelta ? 2 : 1;  // of blocks of queries, in BackwardWorkspace::taken
   static constexpr int kStagesAt = 2 * kRowsBytes;
   static constexpr int kWarpsAt = kStagesAt + kStages * kStageBytes;
   static constexpr int kTermsAt = kWarpsAt + 4 * Block::kGroups * kWarpBytes;
   static constexpr int kNotesAt = kTermsAt + Block::kRows * static_cast<int>(sizeof(QueryTerms));
-  using Slot = GradientSlot<Block::kGroups, kHeadDim_>;
+  using Slot = GradientSlot<Block::kGroups, kOnlyDelta ? 0 : kHeadDim>;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (2 * kStages + GradientBarriers::kCount);
@@ -81,13 +84,15 @@ __device__ __forceinline__ void describe_queries(const DqCall& call, typename Co
     slot.kv_plane = kv_plane;
     slot.row = row;
   }
-  describe_factors<Config::kHeadDim>(slot.factor, p.k_max + static_cast<int64_t>(kv_plane) * Config::kHeadDim, 1.0f);
   // For the end.
   const int rows = min(Config::kRows, shape.queries - row);
   const int64_t first = static_cast<int64_t>(plane) * shape.queries + row;
-  fetch_early(p.w.row_factor + static_cast<int64_t>(plane) * tiles_of(shape.queries) * kTileQueries + row, rows);
   fetch_early(p.l + first, rows);
-  fetch_early(p.dlse + first, rows);
+  if constexpr (!Config::kOnlyDelta) {
+    describe_factors<Config::kHeadDim>(slot.factor, p.k_max + static_cast<int64_t>(kv_plane) * Config::kHeadDim, 1.0f);
+    fetch_early(p.w.row_factor + static_cast<int64_t>(plane) * tiles_of(shape.queries) * kTileQueries + row, rows);
+    fetch_early(p.dlse + first, rows);
+  }
   __syncwarp();
 }
 
@@ -103,7 +108,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     typename Config::Slot& slot = Config::slot(shared, turn);
-    const int item = call.crew.template item<true>(turn, p.w.taken + 1);
+    const int item = call.crew.template item<true>(turn, p.w.taken + Config::kCounter);
     if (!hand_out(barriers, slot, turn, item < call.items, [&] { describe_queries<Config>(call, slot, item); })) return;
     if (threadIdx.x == 0) {
       const int plane = slot.b * p.shape.heads + slot.head, padded = tiles_of(p.shape.queries) * kTileQueries;
@@ -131,7 +136,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
         ptx::mbarrier_arrive_expect_tx(full, Config::kStageBytes);
         ptx::cp_async_bulk_tensor_3d(at, &call.k, full, 0, key, kv_plane);
         ptx::cp_async_bulk_tensor_3d(at + Config::kTileBytes, &call.v, full, 0, key, kv_plane);
-        ptx::cp_async_bulk_tensor_3d(at + 2 * Config::kTileBytes, &call.z, full, key, 0, kv_plane);
+        if (!Config::kOnlyDelta) ptx::cp_async_bulk_tensor_3d(at + 2 * Config::kTileBytes, &call.z, full, key, 0, kv_plane);
       }
       if (++stage == Config::kStages) {
         stage = 0;
@@ -183,6 +188,18 @@ __device__ __forceinline__ uint32_t seen_by_queries(const Mask& mask, int query,
   return seen;
 }
 
+// Terms of rows `within` and `within` + 8 of the block; those behind the last query count for nothing.
+template <class Config>
+__device__ __forceinline__ void read_terms(QueryTerms (&terms)[2], const unsigned char* shared, int within, int queries) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    terms[r] = {0.0f, -INFINITY, 0.0f, 0.0f};
+    if (within + 8 * r < queries) {
+      terms[r] = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt)[within + 8 * r];
+    }
+  }
+}
+
 // dQ of the rows of the slot of `turn`; `stage` and `phase` are of the next note.
 template <class Config>
 __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* shared, int group, int turn, int& stage,
@@ -198,14 +215,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
 
   ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
   QueryTerms terms[2];  // of rows g and g + 8
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int within = warp_row + g + 8 * r;
-    terms[r] = {0.0f, -INFINITY, 0.0f, 0.0f};
-    if (slot.row + within < p.shape.queries) {
-      terms[r] = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt)[within];
-    }
-  }
+  read_terms<Config>(terms, shared, warp_row + g, p.shape.queries - slot.row);
   int s[kGradientValues], d[kGradientValues];
   float dq[kHeadDim / 2] = {};
   uint32_t operand[kGradientRegisters];
@@ -307,9 +317,9 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
 
 // ------------------------------------------------------------------------------------------ kernel
 
-// A block of those that compute dQ.
-template <class Config>
-__device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shared) {
+// A block of those that take queries: compute(group, turn, stage, phase) is what a warpgroup does in a turn.
+template <class Config, class Compute>
+__device__ __forceinline__ void query_block(const DqCall& call, unsigned char* shared, const Compute& compute) {
   const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
     Config::barriers(base).init(4 * Config::kGroups);
@@ -329,8 +339,16 @@ __device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shar
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     int stage = 0;
     uint32_t phase = 0;
-    take_turns<Config>(shared, [&](int turn) { compute_dq<Config>(call, shared, group - 1, turn, stage, phase); });
+    take_turns<Config>(shared, [&](int turn) { compute(group - 1, turn, stage, phase); });
   }
+}
+
+// One of those that compute dQ.
+template <class Config>
+__device__ __forceinline__ void dq_block(const DqCall& call, unsigned char* shared) {
+  query_block<Config>(call, shared, [&](int group, int turn, int& stage, uint32_t& phase) {
+    compute_dq<Config>(call, shared, group, turn, stage, phase);
+  });
 }
 
 // Completes a call, whose blocks follow `first_block` others of the launch.
@@ -352,8 +370,8 @@ const char* plan_dq(DqCall& call, int first_block) {
   map(call.d_out, {p.w.d_out, 1, kHeadDim, padded_queries, planes, kHeadDim, Config::kRows});
   map(call.k, {p.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
   map(call.v, {p.v_dp, 1, kHeadDim, s.keys, kv_planes, kHeadDim, kGradientTile});
-  map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
-  call.tiled_dq = leaves_in_tiles(p.dq_dtype, s);
+  if (!Config::kOnlyDelta) map(call.z, {p.w.z, 1, padded_keys, kHeadDim, kv_planes, kGradientTile, kHeadDim});
+  call.tiled_dq = !Config::kOnlyDelta && leaves_in_tiles(p.dq_dtype, s);
   if (error == nullptr && call.tiled_dq) error = encode_output_map(call.dq, p.dq, s, s.queries, s.heads);
   call.items = static_cast<int>(planes * call.row_blocks);
   call.crew = {first_block, std::min(call.items, multiprocessors())};

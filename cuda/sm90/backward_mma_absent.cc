@@ -7,8 +7,4 @@ const char* train8_gradients_sm90_mma(const BackwardCall& params, Stream stream)
   return train8_gradients_sm80(params, stream);
 }
 
-const char* train8_delta_sm90(const BackwardCall&, Stream) {
-  return "the kernel for D on sm_90 is not in this build";
-}
-
 }  // namespace sage

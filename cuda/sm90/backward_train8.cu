@@ -1,4 +1,5 @@
 // train8 gradients on sm_90a by warpgroup-level products, where they fit; else by warp-level ones.
+#include "sm90/backward_delta.cuh"
 #include "sm90/backward_dkv.cuh"
 #include "sm90/backward_dq.cuh"
 #include "sm90/backward_finish.cuh"
@@ -91,8 +92,11 @@ void choose_way_sm90(BackwardCall& p) {
 
 const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   if (!takes_wgmma(p)) return train8_gradients_sm90_mma(p, stream);
-  const char* error = p.exact_delta ? train8_delta_sm90(p, stream) : nullptr;
-  if (error != nullptr) return error;
+  if (p.exact_delta) {
+    const char* error = p.shape.padded_dim == 64 ? sm90::launch_delta<sm90::DeltaConfig<64>>(p, stream)
+                                                 : sm90::launch_delta<sm90::DeltaConfig<128>>(p, stream);
+    if (error != nullptr) return error;
+  }
   if (p.adds_dq) {
     return p.shape.padded_dim == 64 ? sm90::launch_at_once<sm90::AtOnceConfig<64>>(p, stream)
                                     : sm90::launch_at_once<sm90::AtOnceConfig<128>>(p, stream);

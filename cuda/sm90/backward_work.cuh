@@ -18,7 +18,7 @@ struct GradientSlot {
   int b, head, kv_plane, row;  // `head` of queries, or of keys; its first row, or kNoRows: there are no more
   uint32_t bad;                // flags of its tiles, if it holds a NaN or Inf
   float k_scale[kGroups], v_scale[kGroups];  // of its keys
-  alignas(8) float factor[kFactors];         // what sums of channels have to be multiplied with
+  alignas(8) float factor[kFactors > 0 ? kFactors : 1];  // what sums of channels have to be multiplied with
 };
 inline constexpr int kNoRows = -1;
 inline constexpr int kGradientSlots = 2;
