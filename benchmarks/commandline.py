@@ -10,6 +10,7 @@ from typing import Any
 
 from sage_jax.recipe import Recipe, resolve
 
+
 class Parser(argparse.ArgumentParser):
     """Without abbreviations; a wrong option gives one line instead of argparse's usage."""
 

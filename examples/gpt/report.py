@@ -6,7 +6,7 @@ import pathlib
 
 from gpt.training import Run
 
-_EXACT, _OTHERS = "#c4c4c4", ("#d1495b", "#00798c", "#edae49", "#6a4c93")
+_EXACT, _OTHERS = "#c4c4c4", ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#5b8c2a", "#8d5b4c")
 
 
 def table(runs: list[Run]) -> str:
