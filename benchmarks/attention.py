@@ -19,6 +19,7 @@ import itertools
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,24 +146,32 @@ def plan(options: argparse.Namespace) -> list[Line | Case]:
 
 
 def add_contestants(
-    parser: argparse.ArgumentParser, recipes: list[Recipe], named: str, peers: str, ours: str
+    parser: argparse.ArgumentParser,
+    recipes: Sequence[str],
+    peers: str,
+    ours: str = "that of the device",
 ) -> None:
     """Adds the options that `contestants` reads.
 
     Args:
-      recipes: those measured by default; `named` is how the help names them.
-      peers, ours: the help on the default peers, and on sage_jax's default implementation.
+      recipes: names of those measured by default.
+      peers: the help on the default peers.
+      ours: which implementation of sage_jax is the default.
     """
     parser.add_argument(
         "--recipes",
         nargs="+",
         type=commandline.recipe,
-        default=recipes,
+        default=[commandline.recipe(name) for name in recipes],
         metavar="RECIPE",
-        help=f"name, or a variant such as train8:delta=exact (default: {named})",
+        help=f"name, or a variant such as train8:delta=exact (default: {' '.join(recipes)})",
     )
     parser.add_argument("--peers", nargs="*", choices=contenders.PEERS, help=peers)
-    parser.add_argument("--implementation", choices=("cpu", "cuda", "reference"), help=ours)
+    parser.add_argument(
+        "--implementation",
+        choices=("cpu", "cuda", "reference"),
+        help=f"sage_jax's implementation to measure (default: {ours})",
+    )
 
 
 def contestants(options: argparse.Namespace) -> list[contenders.Contender]:
@@ -295,11 +304,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add_contestants(
         parser,
-        [recipe for recipe in PRESETS.values() if not recipe.fp4]  # FP4: docs/nvfp4.md
-        + [commandline.recipe(variant) for variant in VARIANTS],
-        f"all 8-bit presets, {' '.join(VARIANTS)}",
+        # FP4: docs/nvfp4.md
+        [*(name for name, recipe in PRESETS.items() if not recipe.fp4), *VARIANTS],
         peers="implementations to compare with",
-        ours="sage_jax's implementation to measure (preset: cuda or cpu)",
+        ours="the preset's, cuda or cpu",
     )
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
     add("--seq", nargs="+", type=count, help="sequence lengths, the most important first")

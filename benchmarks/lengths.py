@@ -256,13 +256,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-length", type=count, help="tokens of a sequence of the second series")
     add("--heads", type=count, help="heads of a sequence (default: 16)")
     add("--dim", type=count, help="head dimension (default: 128)")
-    attention.add_contestants(
-        parser,
-        [commandline.recipe(name) for name in ("sage2", "train8")],
-        "sage2 train8",
-        peers="(default: cudnn_bf16)",
-        ours="sage_jax's implementation to measure (default: that of the device)",
-    )
+    attention.add_contestants(parser, ["sage2", "train8"], peers="(default: cudnn_bf16)")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
     add("--causal", choices=CAUSAL, default="yes", help="with the mask or without (default: yes)")
     add("--repeats", type=count, default=3, help="samples of each median (default: 3)")

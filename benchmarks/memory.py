@@ -159,10 +159,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layers", type=count, help="of the GPT (default: 24; on a CPU 2)")
     attention.add_contestants(
         parser,
-        [commandline.recipe("train8")],
-        "train8",
+        ["train8"],
         peers="ratios are to the first (default: cudnn_bf16; on a CPU xla)",
-        ours="sage_jax's implementation (default: that of the device)",
     )
     add(
         "--checkpoint",

@@ -141,13 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--layers", type=count, help="of the GPT (default: 8; on a CPU 2)")
     add("--heads", type=count, help="(default: 8; on a CPU 2)")
     add("--head-dim", type=count, help="(default: 128; on a CPU 64)")
-    attention.add_contestants(
-        parser,
-        [commandline.recipe("train8")],
-        "train8",
-        peers="(default: cudnn_bf16; on a CPU xla)",
-        ours="sage_jax's implementation (default: that of the device)",
-    )
+    attention.add_contestants(parser, ["train8"], peers="(default: cudnn_bf16; on a CPU xla)")
     add(
         "--repeats", type=count, default=10, help="steps of which the median is taken (default: 10)"
     )

@@ -16,6 +16,7 @@ from test_gpu import (
     TRAIN8,
     assert_agree,
     backward_operands,
+    by_name,
     forward_on_host,
     gradient_bound,
     gradients_on_gpu,
@@ -59,7 +60,7 @@ ROUNDED = 6e-3
 REPEATED = 5e-3  # two runs
 
 
-@pytest.mark.parametrize("recipe", [TRAIN8, EXACT_DELTA], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [TRAIN8, EXACT_DELTA], ids=by_name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_follow_the_specification(case, recipe):
     """Which tests/test_cpu.py holds the CPU's kernels to; they need not be compiled for each size."""

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from metrics import relative_l2
-from test_gpu_runtime import RECIPES, WAYS, assert_all_same, inputs, step
+from test_gpu import by_name
+from test_gpu_runtime import RECIPES, assert_all_same, both_ways, inputs, step
 from test_sharding import COLLECTIVE
 
 import sage_jax
@@ -18,7 +19,7 @@ import sage_jax
 pytestmark = pytest.mark.gpu
 
 SPECS = {"batch": P("x"), "heads": P(None, None, "x")}
-each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_jit_splits_without_communication(gpus, recipe, head_dim, split, kind):
     assert_all_same(got, expected)
 
 
-@pytest.mark.parametrize("recipe, deterministic", WAYS, ids=lambda x: getattr(x, "name", str(x)))
+@both_ways
 def test_many_steps_on_both_at_once(gpus, recipe, deterministic):
     """Rows enough that every multiprocessor has several, and calls that overlap: neither GPU takes the other's counters."""
     arrays = inputs(batch=4, tokens=2000, heads=16, kv_heads=8, head_dim=128)
@@ -63,8 +64,8 @@ def test_many_steps_on_both_at_once(gpus, recipe, deterministic):
     expected = [on_one(gpu, recipe, half, **how) for gpu, half in zip(gpus, halves, strict=True)]
     sharding = NamedSharding(make_mesh(gpus), SPECS["batch"])
     run, placed = jax.jit(step(recipe, **how)), jax.device_put(arrays, sharding)
+    whole = [np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*expected, strict=True)]
     for got in [run(*placed) for _ in range(5)]:
-        whole = [np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*expected, strict=True)]
         assert_all_same(got, whole, deterministic)
 
 

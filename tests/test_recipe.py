@@ -89,7 +89,7 @@ def test_names_with_changes():
             resolve(text)
     with pytest.raises(ValueError, match="no field 'colour'"):
         resolve("train8:colour=red")
-    with pytest.raises(ValueError, match="delta='true' is not supported|delta=True is not"):
+    with pytest.raises(ValueError, match="delta=True is not supported"):
         resolve("train8:delta=true")
 
 
