@@ -207,7 +207,8 @@ void Unit::store_dq(Queries& from) {
   for (int64_t r = 0; r < block.count; ++r) {
     int64_t at = block.row(r);
     float* row = from.dq + r * s.Hp;
-    float factor = p.scale, mean_factor = 0;
+    // A poisoned row that sees bad keys only got no NaN from the products.
+    float factor = block.poisoned[r] ? __builtin_nanf("") : p.scale, mean_factor = 0;
     if (block.live(r) && !block.poisoned[r]) {
       if (train8()) factor *= f.r[at] * block.inverse_l[r] / 256;
       mean_factor = p.scale * p.dlse[at];

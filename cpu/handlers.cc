@@ -62,15 +62,18 @@ Shape quantized_shape(Buffers& io, ffi::AnyBuffer q8, ffi::AnyBuffer k8) {
   return s;
 }
 
-Masks read_masks(Buffers& io, const Shape& s, int64_t window_left, int64_t window_right) {
+Masks read_masks(Buffers& io, const Shape& s, int64_t window_left, int64_t window_right, int32_t mask_tile) {
   Masks masks = {};
   masks.bounds = data<int32_t>(io.operand("bounds", {kS32}, {s.B, 3}));
   masks.q_seg = static_cast<const int32_t*>(io.optional("q_seg", {kS32}, {s.B, s.T}));
   masks.kv_seg = static_cast<const int32_t*>(io.optional("kv_seg", {kS32}, {s.B, s.S}));
   io.require(!s.S || !s.T || !masks.q_seg == !masks.kv_seg,
              "`q_seg` and `kv_seg` must be given together.");
-  Dims all = {s.B, s.N, s.T, s.S};
-  masks.mask = static_cast<const bool*>(io.broadcast("mask", {kPred}, all, &masks.mask_strides));
+  io.require(mask_tile == 1 || mask_tile == kTile, "attribute `mask_tile` is not 1 or 64.");
+  masks.mask_tile = mask_tile;
+  Dims all = {s.B, s.N, s.T, s.S}, tiles = {s.B, s.N, (s.T + kTile - 1) / kTile, s.S64()};
+  masks.mask = static_cast<const bool*>(
+      io.broadcast("mask", {kPred}, mask_tile == 1 ? all : tiles, &masks.mask_strides));
   masks.bias = static_cast<const float*>(io.broadcast("bias", {kF32}, all, &masks.bias_strides));
   masks.window_left = window_left;
   masks.window_right = window_right;
@@ -128,7 +131,7 @@ ffi::Error quantize_q(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                   int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
-                  int64_t window_right) {
+                  int64_t window_right, int32_t mask_tile) {
   Buffers io("sage_jax_attend", args, rets, 13, 4);
   Attend p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
@@ -147,7 +150,7 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   p.v_pv = data<void>(io.operand("v_pv", {kPvTypes[pv & 3]}, transposed ? turned : dense));
   p.v_scale = data<float>(io.operand("v_scale", {kF32}, pv == 3 ? tiles : channels));
   p.v_mean = data<float>(io.operand("v_mean", {kF32}, channels));
-  p.masks = read_masks(io, s, window_left, window_right);
+  p.masks = read_masks(io, s, window_left, window_right, mask_tile);
   auto out = io.result("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
   s.H = out.dimensions()[3];
   io.require(
@@ -167,8 +170,8 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
 }
 
 ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                           int32_t backward, int32_t dp, int32_t exact_delta, int32_t /*deterministic*/, float scale,
-                           int64_t window_left, int64_t window_right) {  // sums have one order in any case
+                           int32_t backward, int32_t dp, int32_t exact_delta, int32_t /*deterministic: always*/, float scale,
+                           int64_t window_left, int64_t window_right, int32_t mask_tile) {
   Buffers io("sage_jax_attend_backward", args, rets, 20, 4);
   AttendBackward p = {};
   auto q8 = io.operand("q8", {kS8}, kRank4);
@@ -197,7 +200,7 @@ ffi::Error attend_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::R
       "`out` has " + std::to_string(s.H) + " channels, which is not what `q8` was padded from.");
   auto dout = io.operand("dout", {kF32, kF16, kBF16}, {s.B, s.T, s.N, s.H});
   p.dlse = data<float>(io.operand("dlse", {kF32}, rows));
-  p.masks = read_masks(io, s, window_left, window_right);
+  p.masks = read_masks(io, s, window_left, window_right, mask_tile);
   p.dq = writable(io.result("dq", {kF32, kF16, kBF16}, {s.B, s.T, s.N, s.H}));
   p.dk = writable(io.result("dk", {kF32, kF16, kBF16}, {s.B, s.S, s.K, s.H}));
   p.dv = writable(io.result("dv", {kF32, kF16, kBF16}, {s.B, s.S, s.K, s.H}));
@@ -288,7 +291,7 @@ ffi::Error quantize_q_fp4(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Re
 }
 
 ffi::Error attend_fp4(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                      float scale, int64_t window_left, int64_t window_right) {
+                      float scale, int64_t window_left, int64_t window_right, int32_t mask_tile) {
   Buffers io("sage_jax_attend_fp4", args, rets, 17, 2);
   AttendFp4 p = {};
   auto q4 = io.operand("q4", {kU8}, kRank4);
@@ -312,7 +315,7 @@ ffi::Error attend_fp4(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
   p.v4 = blocks_operand(io, "v", {s.B, s.K, Hp, s.Sp()});
   p.v_tensor = data<float>(io.operand("v_tensor", {kF32}, {s.B, s.K}));
   p.v_mean = data<float>(io.operand("v_mean", {kF32}, {s.B, s.K, Hp}));
-  p.masks = read_masks(io, s, window_left, window_right);
+  p.masks = read_masks(io, s, window_left, window_right, mask_tile);
   auto out = io.result("out", {kF32, kF16, kBF16}, {s.B, s.T, s.N, kAnySize});
   s.H = out.dimensions()[3];
   io.require(
@@ -355,6 +358,7 @@ XLA_FFI_Error* attend_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<float>("scale")
                              .Attr<int64_t>("window_left")
                              .Attr<int64_t>("window_right")
+                             .Attr<int32_t>("mask_tile")
                              .To(attend)
                              .release();
   return handler->Call(frame);
@@ -369,6 +373,7 @@ XLA_FFI_Error* attend_backward_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<float>("scale")
                              .Attr<int64_t>("window_left")
                              .Attr<int64_t>("window_right")
+                             .Attr<int32_t>("mask_tile")
                              .To(attend_backward)
                              .release();
   return handler->Call(frame);
@@ -399,6 +404,7 @@ XLA_FFI_Error* attend_fp4_handler(XLA_FFI_CallFrame* frame) {
                              .Attr<float>("scale")
                              .Attr<int64_t>("window_left")
                              .Attr<int64_t>("window_right")
+                             .Attr<int32_t>("mask_tile")
                              .To(attend_fp4)
                              .release();
   return handler->Call(frame);

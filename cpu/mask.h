@@ -56,7 +56,11 @@ inline uint64_t visible_bits(const Masks& masks, const Shape& shape, Interval ke
   if (masks.q_seg) {
     bits &= segment_bits(masks.kv_seg + b * shape.S + first, count, masks.q_seg[b * shape.T + t]);
   }
-  if (masks.mask) {
+  if (masks.mask && masks.mask_tile == kTile) {
+    const Broadcast4& stride = masks.mask_strides;
+    int64_t at = b * stride.b + n * stride.n + t / kTile * stride.t + first / kTile * stride.s;
+    bits &= masks.mask[at] ? kAll : 0;
+  } else if (masks.mask) {
     const Broadcast4& stride = masks.mask_strides;
     const bool* row = masks.mask + b * stride.b + n * stride.n + t * stride.t + first * stride.s;
     bits &= stride.s ? bool_bits(row, count) : *row ? kAll : 0;

@@ -45,6 +45,7 @@ struct Masks {
   const int32_t* kv_seg;  // [B, S] or null
   const bool* mask;       // or null
   Broadcast4 mask_strides;
+  int64_t mask_tile;  // queries and keys that an entry of it stands for: 1, or kTile
   const float* bias;  // or null
   Broadcast4 bias_strides;
   int64_t window_left, window_right;

@@ -23,9 +23,10 @@ __all__ = [
     "load_recipes",
     "recipes",
     "save_recipes",
+    "sparge",
     "supports",
 ]
-_SUBMODULES = ("accuracy", "decode", "flax")  # loaded when first used: they need more than JAX
+_SUBMODULES = ("accuracy", "decode", "flax", "sparge")  # loaded when first used: they need more than JAX
 
 
 def __getattr__(name):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import _batching, _compat, _refusal, _sharding, _workspace, nvfp4, reference
-from sage_jax.masking import Masks, no_masks
+from sage_jax.masking import Masks, no_masks, of_pairs
 from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import Recipe, padded_head_dim
 
@@ -46,6 +46,11 @@ NO_BIAS_ON_CUDA = (
     "bias is not supported by implementation='cuda'; pass a boolean mask instead, or use "
     "implementation='reference' here or "
     "jax.nn.dot_product_attention."
+)
+
+NO_SYMBOLS_ON_CUDA = (
+    "the program was exported with symbolic sizes, which implementation='cuda' does not support: "
+    "scratch memory is planned before it runs; export it for each size."
 )
 
 
@@ -83,6 +88,7 @@ class Settings:
       implementation: "cpu" | "cuda" | "reference", or None: chosen by platform.
       for_backward: also quantize V for the backward pass.
       deterministic: gradients repeat bit for bit.
+      mask_tile: queries and keys that an entry of the mask stands for: 1, or 64 for a block mask.
     """
 
     recipe: Recipe
@@ -94,6 +100,7 @@ class Settings:
     implementation: str | None = None
     for_backward: bool = False
     deterministic: bool = False
+    mask_tile: int = 1
 
     @property
     def dp(self) -> str | None:
@@ -188,6 +195,7 @@ def _attributes(name, settings: Settings):
     window = {
         "window_left": i64(settings.window_left),
         "window_right": i64(settings.window_right),
+        "mask_tile": i32(settings.mask_tile),
     }
     dp = {None: 0, "int8": 1, "bf16": 2}[settings.dp]
     return {
@@ -242,7 +250,11 @@ def _workspace_bytes(name, settings: Settings, operands) -> int | None:
         (B, T, N, _), (_, S, K, _) = operands[0].shape, operands[1].shape
         return _workspace.fp4_bytes(name, B, T, S, N, K, padded, {})
     masks = Masks(*operands[-5:])
-    masking = {"mask_shape": masks.mask.shape, "segments": masks.q_seg.size > 0}
+    masking = {
+        "mask_shape": masks.mask.shape,
+        "mask_tile": settings.mask_tile,
+        "segments": masks.q_seg.size > 0,
+    }
     B, N, T, _ = operands[0].shape
     if name == "attend_fp4":
         K, S = operands[5].shape[1:3]
@@ -288,7 +300,12 @@ def _reference(name, settings: Settings, *operands):
         )
     if name == "quantize_q":
         return tuple(reference.quantize_q(*operands, q_block=recipe.q_block, scale=settings.scale))
-    masks = Masks(*operands[-5:])
+    masks = of_pairs(
+        Masks(*operands[-5:]),
+        settings.mask_tile,
+        queries=operands[0].shape[2],
+        keys=operands[3 if name == "attend" else 2].shape[2],
+    )
     if name == "attend":
         q8, q_scale, lse_shift, k8, k_scale, v_pv, v_scale, v_mean = operands[:8]
         return reference.attend(
@@ -361,6 +378,8 @@ def _by_platform(name, settings: Settings, *operands):
         return tuple(_compat.vary_over(x, axes) for x in _reference(name, settings, *xs))
 
     native = {kind: run(_native, kind, name, settings) for kind in PLATFORMS}
+    if not all(isinstance(n, int) for x in operands for n in x.shape):
+        native["cuda"] = refuse(NO_SYMBOLS_ON_CUDA)
     if has_bias:
         native["cuda"] = refuse(NO_BIAS_ON_CUDA)
     if name in nvfp4.LAYOUTS:  # a call that names an implementation without them was refused

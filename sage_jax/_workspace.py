@@ -47,19 +47,21 @@ def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
     )
 
 
-def mask_rows(B: int, T: int, S: int, mask_shape, segments: bool):
+def mask_rows(B: int, T: int, S: int, mask_shape, segments: bool, mask_tile: int = 1):
     """Rows that summarise segment ids and a dense mask per tile, so that kernels skip tiles without reading them.
 
     Args:
-      mask_shape: shape of the dense mask, [0, 0, 0, 0] without one; its axes of size 1 stay 1 here.
+      mask_shape: shape of the mask, [0, 0, 0, 0] without one; its axes of size 1 stay 1 here.
       segments: whether there are segment ids.
+      mask_tile: 64 for a block mask, which needs no summary.
     """
+    summary = mask_shape if mask_tile == 1 else (0, 0, 0, 0)
     q, kv = (_tiles(T), _tiles(S)) if segments else (0, 0)
     return (
         ("q_seg_range", "s32", (B, q, 2)),  # smallest and largest id of each tile of 64 queries
         ("kv_seg_range", "s32", (B, kv, 2)),
         # 0 where a tile of 64 × 64 entries is all False, 2 where all are True, else 1
-        ("mask_tiles", "u8", (*mask_shape[:2], *(_tiles(n) for n in mask_shape[2:]))),
+        ("mask_tiles", "u8", (*summary[:2], *(_tiles(n) for n in summary[2:]))),
     )
 
 
@@ -147,9 +149,10 @@ def attend_bytes(
     f16_accumulate: bool,
     mask_shape,
     segments: bool,
+    mask_tile: int = 1,
 ) -> int:
     """Length of the `workspace` result of `sage_jax_attend` on CUDA (codes as in `docs/abi.md`)."""
-    rows = mask_rows(B, T, S, mask_shape, segments)
+    rows = mask_rows(B, T, S, mask_shape, segments, mask_tile)
     if pv != 3 and not f16_accumulate and not segments and math.prod(mask_shape) == 0:
         rows += decode_rows(B, T, S, N, K, Hp)
     return _total(rows)
@@ -167,7 +170,8 @@ def attend_backward_bytes(
     dp: int,
     mask_shape,
     segments: bool,
+    mask_tile: int = 1,
 ) -> int:
     """Length of the `workspace` result of `sage_jax_attend_backward` on CUDA."""
     rows = attend_backward_rows(B, T, S, N, K, Hp, backward=backward, dp=dp)
-    return _total(rows) + _total(mask_rows(B, T, S, mask_shape, segments))
+    return _total(rows) + _total(mask_rows(B, T, S, mask_shape, segments, mask_tile))

@@ -60,10 +60,11 @@ def compare(
     (say, bfloat16) values, widened to float32. Call it outside `jit`.
 
     Args:
-      query: [B, T, N, H] or [T, N, H]. key, value: [B, S, K, H] or [S, K, H].
+      query: [B, T, N, H] or [T, N, H]. key, value: [B, S, K, H] or [S, K, H]. Arrays or lists.
       recipes: names or `Recipe`s, or a mapping from a label to one; all presets by default. A
         preset that cannot run is then left out, and the report says why; one named here raises.
-      dout: cotangent of the output, shaped like `query`; standard normal entries by default.
+      dout: cotangent of the output, shaped like `query` and cast to its dtype; standard normal
+        entries by default.
       gradients: also measure dQ, dK and dV, of the recipes that have a backward pass.
       per_head: keep the errors of each head in the report.
 
@@ -73,14 +74,8 @@ def compare(
     Raises:
       ValueError, TypeError, ImportError: what `sage_jax.dot_product_attention` would raise.
       ValueError: `dout` of another shape than `query`, no recipes, or two of one name.
+      TypeError: a recipe that is neither a name nor a `Recipe`.
     """
-    if dout is None:
-        dout = jax.random.normal(jax.random.key(0), query.shape).astype(query.dtype)
-    if dout.shape != query.shape:
-        raise ValueError(
-            f"dout has the shape {dout.shape}, but the output has that of query, {query.shape}; "
-            "pass a cotangent of that shape, or None for a random one."
-        )
     arrays = {
         "bias": bias,
         "mask": mask,
@@ -97,6 +92,10 @@ def compare(
     }
     call = {**options, "implementation": implementation}
     support.plan(query, key, value, **call, **arrays)  # raises what a bad call raises
+    query, key, value = map(jnp.asarray, (query, key, value))
+    if dout is None:
+        dout = jax.random.normal(jax.random.key(0), query.shape)
+    dout = _cotangent(dout, query).astype(query.dtype)
     labelled, skipped = _labelled(recipes), {}
     if recipes is None:
         answers = {
@@ -140,21 +139,39 @@ def exact(
     """Attention and its gradients in float32, in little memory at any length.
 
     Args:
-      query: [B, T, N, H]. key, value: [B, S, K, H]. dout: like query, or None for no gradients.
-      **masks_and_scale: bias, mask, scale, is_causal and the other keywords of `compare`.
+      query: [B, T, N, H] or [T, N, H]. key, value: [B, S, K, H] or [S, K, H]. Arrays or lists.
+      dout: shaped like query, of any real dtype, or None for no gradients.
+      **masks_and_scale: bias, mask, scale, is_causal, local_window_size, causal_alignment, lengths
+        and segment ids, as in `sage_jax.dot_product_attention`.
 
     Returns:
-      {"o": like query, "lse": [B, T, N], "dq": like query, "dk" and "dv": like key}, in float32.
+      {"o": like query, "lse": [B, T, N] or [T, N], "dq": like query, "dk" and "dv": like key}, in
+      float32.
+
+    Raises:
+      ValueError, TypeError: what `sage_jax.dot_product_attention` would raise.
+      ValueError: `dout` of another shape than `query`. TypeError: another keyword.
     """
+    unknown = [name for name in masks_and_scale if name not in (*_ARRAYS, *_OPTIONS)]
+    if unknown:
+        raise TypeError(
+            f"accuracy.exact got the keyword {unknown[0]!r}, but takes masks and a scale only; "
+            f"choose from {', '.join((*_ARRAYS, *_OPTIONS))}."
+        )
+    support.plan(query, key, value, implementation="reference", **masks_and_scale)
     arrays = {name: masks_and_scale.pop(name, None) for name in _ARRAYS}
-    operands = (query, key, value, jnp.zeros_like(query) if dout is None else dout)
-    shapes = {"o": query.shape, "lse": query.shape[:3], "dq": query.shape}
-    shapes |= {"dk": key.shape, "dv": key.shape}
-    results: dict[str, np.ndarray] = {}
-    for (row, head), own, own_arrays in _parts(operands, arrays):
-        part = _exact_part(own, own_arrays, masks_and_scale, dout is not None)
+    query, key, value = map(jnp.asarray, (query, key, value))
+    gradients = dout is not None
+    dout = _cotangent(dout, query) if gradients else jnp.zeros_like(query)
+    shapes = {"o": query.shape, "lse": query.shape[:-1]}
+    if gradients:
+        shapes |= {"dq": query.shape, "dk": key.shape, "dv": value.shape}
+    results = {tensor: np.empty(shape, np.float32) for tensor, shape in shapes.items()}
+    for (row, head), own, own_arrays in _parts((query, key, value, dout), arrays):
+        part = _exact_part(own, own_arrays, masks_and_scale, gradients)
         for tensor, x in part.items():
-            whole = results.setdefault(tensor, np.empty(shapes[tensor], np.float32))
+            whole = results[tensor]
+            whole = whole if whole.ndim == x.ndim else whole[None]
             n = x.shape[2]
             whole[row, :, head * n : (head + 1) * n] = x[0]
     return results
@@ -175,6 +192,18 @@ _ARRAYS = (
     "query_segment_ids",
     "key_value_segment_ids",
 )
+_OPTIONS = ("scale", "is_causal", "local_window_size", "causal_alignment")
+
+
+def _cotangent(dout, query: Array) -> Array:
+    """dout as an array; ValueError if it is not shaped like the output."""
+    dout = jnp.asarray(dout)
+    if dout.shape != query.shape:
+        raise ValueError(
+            f"dout has the shape {dout.shape}, but the output has that of query, {query.shape}; "
+            "pass a cotangent of that shape, or None for a random one."
+        )
+    return dout
 
 
 def _parts(operands, arrays) -> Iterator[tuple[tuple[int, int], tuple[Array, ...], dict]]:
@@ -183,11 +212,19 @@ def _parts(operands, arrays) -> Iterator[tuple[tuple[int, int], tuple[Array, ...
     batch, _, heads, _ = operands[0].shape
     kv_heads = operands[1].shape[2]
     group = heads // kv_heads
-    axes = {"bias": 4, "mask": 4, "query_segment_ids": 2, "key_value_segment_ids": 2}
-    arrays = {
-        name: x if x is None else _leading_axes(jnp.asarray(x), axes.get(name, 1))
-        for name, x in arrays.items()
+    tokens = {
+        "query_seq_lengths": operands[0].shape[1],
+        "key_value_seq_lengths": operands[1].shape[1],
     }
+
+    def array(name, x):
+        if name in tokens:
+            return _lengths(x, tokens[name])
+        if name in ("bias", "mask"):
+            return _leading_axes(jnp.asarray(x), 4)
+        return _leading_axes(jnp.asarray(x), 2).astype(jnp.int32)
+
+    arrays = {name: x if x is None else array(name, x) for name, x in arrays.items()}
     for row, head in itertools.product(range(batch), range(kv_heads)):
 
         def own(x, count, row=row, head=head):
@@ -207,6 +244,13 @@ def _parts(operands, arrays) -> Iterator[tuple[tuple[int, int], tuple[Array, ...
             tuple(own(x, count) for x, count in zip(operands, counts, strict=True)),
             {name: own_array(x) for name, x in arrays.items()},
         )
+
+
+def _lengths(lengths, tokens: int) -> Array:
+    """int32 [B] within 0 ... tokens, of integers of any type: int8 does not hold every number of
+    tokens, int32 not every length.
+    """
+    return jnp.array([min(max(int(n), 0), tokens) for n in np.asarray(lengths)], jnp.int32)
 
 
 def _leading_axes(x: Array, ndim: int) -> Array:
@@ -276,8 +320,7 @@ def _masks(q, k, arrays, causal_alignment: str) -> masking.Masks:
     batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
 
     def valid(lengths, tokens):
-        lengths = jnp.full((batch,), tokens) if lengths is None else lengths
-        return jnp.clip(lengths, 0, tokens).astype(jnp.int32)
+        return _lengths([tokens] * batch if lengths is None else lengths, tokens)
 
     q_len = valid(arrays["query_seq_lengths"], queries)
     kv_len = valid(arrays["key_value_seq_lengths"], keys)
@@ -339,10 +382,15 @@ def _labelled(recipes) -> dict[str, Recipe]:
         return dict(PRESETS)
     if isinstance(recipes, (str, Recipe)):
         recipes = [recipes]
+    if not isinstance(recipes, Iterable):
+        raise TypeError(
+            f"recipes should be names or Recipes, but got {type(recipes).__name__}; pass a list of "
+            'them such as ["sage2"], or None for all presets.'
+        )
     if isinstance(recipes, Mapping):
-        labelled = {label: resolve(recipe) for label, recipe in recipes.items()}
+        labelled = {str(label): _named(recipe) for label, recipe in recipes.items()}
     else:
-        resolved = [resolve(recipe) for recipe in recipes]
+        resolved = [_named(recipe) for recipe in recipes]
         labelled = {recipe.name: recipe for recipe in resolved}
         if len(labelled) < len(resolved):
             raise ValueError(
@@ -352,3 +400,12 @@ def _labelled(recipes) -> dict[str, Recipe]:
     if not labelled:
         raise ValueError("recipes is empty; pass names, Recipes, or None for all presets.")
     return labelled
+
+
+def _named(recipe) -> Recipe:
+    if recipe is None:
+        raise TypeError(
+            "recipes holds None, but each of them should be a name or a sage_jax.Recipe; name the "
+            "ones to compare, such as 'sage2' and 'train8', which None stands for in a call."
+        )
+    return resolve(recipe)

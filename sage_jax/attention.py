@@ -7,7 +7,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sage_jax import _refusal, _sharding, _vjp, support
+from sage_jax import _refusal, _sharding, _vjp, masking, support
 from sage_jax.masking import Masks
 from sage_jax.recipe import Recipe
 
@@ -33,6 +33,7 @@ def dot_product_attention(
     key_value_segment_ids: jax.typing.ArrayLike | None = None,
     causal_alignment: str = "top_left",
     deterministic: bool = False,
+    block_mask: jax.typing.ArrayLike | None = None,
 ):
     """softmax(scale · query·keyᵀ + bias) · value with 8-bit matrix products, forward and backward.
 
@@ -56,9 +57,9 @@ def dot_product_attention(
         (inside a pair) no limit.
       implementation: "cpu", "cuda" or "reference" (plain JAX, O(T·S) memory); None takes the
         platform's own. A name given here is used or refused, never replaced.
-      return_residual: also return the natural-log sum-exp of the logits. It is differentiable.
-      recipe: a name from `sage_jax.recipes`, a name with changes ("train8:delta=exact") or a `Recipe`. None computes `sage2`, and
-        differentiates it as `train8`.
+      return_residual: True: also return the natural-log sum-exp of the logits. It is differentiable.
+      recipe: a name from `sage_jax.recipes`, a name with changes ("train8:delta=exact") or a
+        `Recipe`. None computes `sage2`, and differentiates it as `train8`.
       query_segment_ids, key_value_segment_ids: integer [B, T] and [B, S]: packed sequences; a query
         sees its own id only.
       causal_alignment: "top_left": the diagonal starts at the first query and key, as in jax.nn.
@@ -66,6 +67,9 @@ def dot_product_attention(
       deterministic: gradients repeat bit for bit from run to run. Without it the one of query may
         differ by rounding, on sm_90 with 16-bit inputs and head dimension 64 or 128: its terms are
         added up in the order in which blocks end, which is a fifth faster. All else repeats anyway.
+      block_mask: bool, True = attend; broadcastable to [B, N, ceil(T/64), ceil(S/64)]: one entry
+        for each tile of 64 queries and 64 keys. Tiles that no query sees cost nothing, in either
+        pass. Not together with `mask`. `sage_jax.sparge` chooses one by the data.
 
     Returns:
       out, shaped and typed like query; with return_residual (out, lse), lse float32 [B, T, N] or
@@ -92,7 +96,9 @@ def dot_product_attention(
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
         causal_alignment=causal_alignment,
+        return_residual=return_residual,
         deterministic=deterministic,
+        block_mask=block_mask,
     )
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     guard = _refusal.reverse_mode_only
@@ -106,7 +112,7 @@ def dot_product_attention(
         bounds(q, k, query_seq_lengths, key_value_seq_lengths, causal_alignment),
         _optional(query_segment_ids, 2, jnp.int32),
         _optional(key_value_segment_ids, 2, jnp.int32),
-        _optional(mask, 4, jnp.bool_),
+        _optional(mask if block_mask is None else block_mask, 4, jnp.bool_),
         # one without entries adds nothing, and has nothing to differentiate
         None if bias is None or jnp.size(bias) == 0 else guard(_optional(bias, 4, jnp.float32)),
     )
@@ -135,7 +141,7 @@ def bounds(q, k, query_lengths, key_lengths, causal_alignment):
     def valid(lengths, tokens):
         if lengths is None:
             return jnp.full((batch,), tokens, jnp.int32)
-        return jnp.clip(jnp.asarray(lengths), 0, tokens).astype(jnp.int32)
+        return jnp.asarray(masking.clipped(lengths, 0, tokens))
 
     q_len, kv_len = _sharding.alike(valid(query_lengths, queries), valid(key_lengths, keys))
     offset = kv_len - q_len if causal_alignment == "bottom_right" else jnp.zeros_like(q_len)

@@ -25,15 +25,18 @@ Shapes: B batch, T new tokens, S capacity, N query heads, K key/value heads, H h
 
 from __future__ import annotations
 
+import itertools
+import numbers
 import operator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sage_jax.masking import OPEN
+from sage_jax.masking import OPEN, clipped
 from sage_jax.quantization import int8_codes, scale_and_inverse
 
 QUERY_BLOCK = 128  # queries whose scores are held at once: a prefill needs [B, N, 128, S] float32
@@ -86,9 +89,17 @@ def init_cache(
       ragged: whether every batch row has its own length.
       sharding: of the codes [B, K, S, H]; the other arrays follow. Only B and K may be split. A
         mesh with explicit axes needs it, on one with automatic axes XLA chooses.
+
+    Raises:
+      ValueError: capacity, kv_heads or head_dim is below 1, or S or H would be split.
     """
     if capacity < 1:
         raise ValueError(f"capacity should be at least 1 token, but got {capacity}.")
+    if kv_heads < 1 or head_dim < 1:
+        raise ValueError(
+            f"a cache should have at least 1 key/value head of 1 channel, but got kv_heads="
+            f"{kv_heads} and head_dim={head_dim}; give those of the model."
+        )
     axes = () if sharding is None else tuple(sharding.spec)
     if any(axes[2:]):
         raise ValueError(
@@ -114,7 +125,11 @@ def init_cache(
 
 
 def append(
-    cache: KVCache, key: jax.Array, value: jax.Array, *, lengths: jax.Array | None = None
+    cache: KVCache,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    lengths: jax.typing.ArrayLike | None = None,
 ) -> KVCache:
     """The cache with T more tokens: a whole prompt, or one step.
 
@@ -124,28 +139,31 @@ def append(
       cache: not modified.
       key, value: floating point [B, T, K, H], keys already rotated if the model uses rotary
         positions.
-      lengths: int32 [B], for a ragged cache: only the first lengths[b] of the T tokens of row b
-        count (a prompt padded on the right); the next append overwrites the rest.
+      lengths: integer [B], for a ragged cache: only the first lengths[b] of the T tokens of row b
+        count (a prompt padded on the right); the next append overwrites the rest. Numbers below 0
+        count as 0, above T as T. Padding needs no room in the cache.
 
     Raises:
-      ValueError: shapes or types do not fit the cache, or the tokens do not, where that can be
-        seen: T against the capacity always, the lengths held so far outside of `jit`. Inside of
-          `jit` a row that is overfull has lost
-        tokens, and `attend` returns NaN for it.
+      ValueError: shapes or types do not fit the cache, or the tokens that count do not, where that
+        can be seen: T against the capacity always if `lengths` is None, `lengths` and the lengths
+        held so far outside of `jit`. Inside of `jit` a row that is overfull has lost tokens, and
+        `attend` returns NaN for it.
     """
-    _check_tokens(cache, key, value, lengths)
+    _check_tokens(cache, key, value)
+    tokens = key.shape[1]
+    added = jnp.int32(tokens) if lengths is None else _counts(lengths, cache, tokens)
+    _check_room(cache, tokens if lengths is None else added)
     k, v = (jnp.swapaxes(x.astype(jnp.float32), 1, 2) for x in (key, value))
-    added = jnp.int32(key.shape[1]) if lengths is None else lengths.astype(jnp.int32)
     first = jnp.reshape(cache.length == 0, (-1, 1, 1))
     k_mean = jnp.where(first, _finite_mean(k, added), cache.k_mean)
     k8, k_scale = _int8_tokens(k - k_mean[:, :, None])
     v8, v_scale = _int8_tokens(v)
-    write = lambda buffer, new: _write(buffer, new, cache.length)  # noqa: E731
+    place = cache.length if cache.length.ndim == 0 else _slots(cache.length, k_scale)
     return KVCache(
-        k8=write(cache.k8, k8),
-        k_scale=write(cache.k_scale, k_scale),
-        v8=write(cache.v8, v8),
-        v_scale=write(cache.v_scale, v_scale),
+        k8=_write(cache.k8, k8, place),
+        k_scale=_write(cache.k_scale, k_scale, place),
+        v8=_write(cache.v8, v8, place),
+        v_scale=_write(cache.v_scale, v_scale, place),
         k_mean=k_mean,
         length=cache.length + added,
     )
@@ -159,20 +177,20 @@ def attend(
     is_causal: bool = True,
     local_window_size: int | tuple[int | None, int | None] | None = None,
     mask: jax.Array | None = None,
-    positions: jax.Array | None = None,
+    positions: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Attention of T queries over the tokens in the cache (their own included: append first).
 
     Args:
       cache: K key/value heads; query head n uses head n // (N/K). K and V are not repeated.
       query: floating point [B, T, N, H].
-      scale: softmax scale, default H ** -0.5.
-      is_causal: a query sees the tokens up to its own position.
+      scale: softmax scale, a number or a scalar array, default H ** -0.5.
+      is_causal: True or False: a query sees the tokens up to its own position.
       local_window_size: (left, right), or one number for both: a query at position p sees p − left
         to p + right; None in place of a number leaves that side open.
       mask: bool, broadcastable to [B, N, T, S], True = attend; applied as well.
-      positions: int32 [T] or [B, T], place of each query in its row; default: the T newest, length
-        − T to length − 1.
+      positions: integer [T] or [B, T], place of each query in its row; default: the T newest,
+        length − T to length − 1.
 
     Returns:
       [B, T, N, H] in the query's type; accumulated in float32. A query that sees no token gets
@@ -181,7 +199,10 @@ def attend(
 
     Raises:
       ValueError: a shape or type does not fit, or the window is negative.
+      TypeError: is_causal is not a bool, or scale is neither a number nor an array.
     """
+    if not isinstance(is_causal, (bool, np.bool_)):
+        raise TypeError(f"is_causal should be True or False, but got {is_causal!r}.")
     left, right = _window(local_window_size)
     right = min(right, 0) if is_causal else right
     _check_query(cache, query, mask)
@@ -189,13 +210,12 @@ def attend(
     if positions is None:
         positions = jnp.arange(tokens, dtype=jnp.int32)[None] - tokens
         positions = jnp.reshape(cache.length, (-1, 1)) + positions
-    if positions.shape not in ((tokens,), (1, tokens), (batch, tokens)):
-        raise ValueError(
-            f"positions should have shape [{tokens}] or [{batch}, {tokens}], but got "
-            f"{list(positions.shape)}; give one position for each query."
-        )
+    else:
+        shapes = ((tokens,), (batch, tokens), (1, tokens))
+        positions = _integers("positions", positions, shapes, "give one place for each query")
+        positions = clipped(positions, -OPEN, OPEN)
     positions = jnp.broadcast_to(positions, (batch, tokens))
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = _scalar(head_dim**-0.5 if scale is None else scale)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
@@ -231,7 +251,10 @@ def _attend_block(cache, query, positions, mask, scale, left, right):
         seen = seen & mask.reshape(mask.shape[0], *head_axes, *mask.shape[2:])
 
     top = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, keepdims=True)
-    top = jnp.where(jnp.isneginf(top), 0.0, top)  # rows that see nothing
+    # NaN here reaches the whole row. The scores alone would not do: −Inf for every key is no NaN.
+    finite = jnp.all(jnp.isfinite(grouped), axis=-1)
+    top = jnp.where(jnp.moveaxis(finite, 1, -1)[..., None], top, jnp.nan)
+    top = jnp.where(jnp.any(seen, axis=-1, keepdims=True), top, 0.0)
     p = jnp.where(seen, jnp.exp(scores - top), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
     # Where nothing is seen the scale must not enter: it may be NaN, and 0 · NaN is not 0.
@@ -298,12 +321,28 @@ def _int8_tokens(x):
     return codes, jnp.where(good, scale, jnp.nan)
 
 
-def _write(buffer, new, start):
-    """buffer [B, K, S, ...] with new [B, K, T, ...] put at token `start` ([] or [B])."""
-    if start.ndim == 0:
-        return lax.dynamic_update_slice_in_dim(buffer, new, start, axis=2)
-    row = lambda b, n, s: lax.dynamic_update_slice_in_dim(b, n, s, axis=1)  # noqa: E731
-    return jax.vmap(row)(buffer, new, start)
+def _slots(length, like):
+    """int32 [B, K, T]: where the tokens of `like` [B, K, T] go in rows that hold `length` [B]."""
+    j = jnp.arange(like.shape[2], dtype=jnp.int32)[None, None]
+    # Zeros of `like` have its sharding, which a mesh with explicit axes asks of the sum.
+    return jnp.zeros_like(like, jnp.int32) + (length[:, None, None] + j)
+
+
+def _write(buffer, new, place):
+    """buffer [B, K, S, ...] with new [B, K, T, ...] put at `place`: the slot of the first token, [],
+    or of each, [B, K, T]. Of the latter those past S are dropped.
+    """
+    if place.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(buffer, new, place, axis=2)
+
+    # A dynamic_update_slice would move its start until the padding fits as well. With an index for
+    # the head too, the scatter's indices stand for the leading axes: for others XLA's GPU compiler
+    # transposes the whole buffer.
+    def head(buffer, new, slots):
+        options = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
+        return buffer.at[slots].set(new, **options)
+
+    return jax.vmap(jax.vmap(head))(buffer, new, place)
 
 
 def _window(local_window_size) -> tuple[int, int]:
@@ -325,8 +364,8 @@ def _window(local_window_size) -> tuple[int, int]:
     return left, right
 
 
-def _check_tokens(cache, key, value, lengths):
-    batch, kv_heads, capacity, head_dim = cache.k8.shape
+def _check_tokens(cache, key, value):
+    batch, kv_heads, _, head_dim = cache.k8.shape
     for name, x in (("key", key), ("value", value)):
         if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (batch, kv_heads, head_dim):
             raise ValueError(
@@ -340,26 +379,76 @@ def _check_tokens(cache, key, value, lengths):
             f"key and value should have the same shape, but got {list(key.shape)} and "
             f"{list(value.shape)}."
         )
-    if lengths is not None and (cache.length.ndim == 0 or lengths.shape != (batch,)):
-        raise ValueError(
-            f"lengths needs a cache made with ragged=True and the shape [{batch}], but the "
-            f"cache's length has rank {cache.length.ndim} and lengths has shape "
-            f"{list(lengths.shape)}."
-        )
-    tokens = key.shape[1]
-    held = _longest(cache.length)
-    if held + tokens > capacity:
-        raise ValueError(
-            f"{tokens} tokens do not fit a cache of capacity {capacity} that holds {held} "
-            "already; make a larger one with init_cache."
-        )
 
 
-def _longest(length) -> int:
-    """The largest length where it is known, 0 under a transformation."""
-    if isinstance(length, jax.core.Tracer) or length.size == 0:
-        return 0
-    return int(jnp.max(length))
+def _counts(lengths, cache, tokens):
+    """How many of `tokens` new tokens count in each row: int32 [B]."""
+    if cache.length.ndim == 0:
+        raise ValueError(
+            "lengths was given, but all rows of this cache have one length; make it with "
+            "init_cache(..., ragged=True)."
+        )
+    shapes = ((cache.k8.shape[0],),)
+    lengths = _integers("lengths", lengths, shapes, "give one count for each batch row")
+    return clipped(lengths, 0, tokens)
+
+
+def _check_room(cache, added):
+    """Raises ValueError if a row cannot take `added` tokens, a number or [B], as far as is known."""
+    held, added = _known(cache.length), _known(added)
+    rows = zip if len(held) == len(added) else itertools.product  # one number stands for all rows
+    for old, new in rows(held, added):
+        if old + new > cache.capacity:
+            raise ValueError(
+                f"{new} tokens do not fit a cache of capacity {cache.capacity} that holds {old} "
+                "already; make a larger one with init_cache."
+            )
+
+
+def _known(counts):
+    """List of the counts, 0 for those that cannot be seen here."""
+    if not isinstance(counts, (jax.Array, np.ndarray)):
+        return [counts]  # one number, symbolic under `jax.export`
+    traced = isinstance(counts, jax.core.Tracer)
+    if traced or not getattr(counts, "is_fully_addressable", True):
+        return [0]
+    return np.ravel(np.asarray(counts)).tolist()
+
+
+def _integers(name, x, shapes, advice):
+    """x as a JAX or NumPy array, if it has an integer type and one of the shapes."""
+    given = type(x).__name__
+    try:
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    except jax.errors.TracerArrayConversionError:  # a list with traced numbers
+        x = jnp.asarray(x)
+    except (TypeError, ValueError):  # lists of several lengths
+        x = None
+    if x is not None:
+        given = f"{x.dtype} {list(x.shape)}"
+    if x is None or x.shape not in shapes or not jnp.issubdtype(x.dtype, jnp.integer):
+        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(
+            f"{name} should be an integer array of shape {wanted}, but got {given}; {advice}."
+        )
+    return x
+
+
+def _scalar(scale):
+    """scale as a float32 scalar array."""
+    is_array = hasattr(scale, "shape") and hasattr(scale, "dtype")
+    if is_array:
+        real = any(jnp.issubdtype(scale.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    else:
+        real = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    if not real:
+        raise TypeError(f"scale should be a real number or a scalar array, but got {scale!r}.")
+    if is_array and scale.shape != ():
+        raise ValueError(
+            f"scale should be a scalar, but got an array of shape {list(scale.shape)}; multiply "
+            "the queries by it where it differs among them."
+        )
+    return jnp.asarray(scale, jnp.float32)
 
 
 def _check_query(cache, query, mask):

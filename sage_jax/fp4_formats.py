@@ -72,8 +72,8 @@ def pack(values: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     normal = (magnitude >> 22) - np.uint32(2 * 127 - 2)  # 1, 1½, 2, 3, 4, 6 -> 2 … 7
-    code = jnp.where(magnitude >= np.uint32(0x3F800000), normal, magnitude >= np.uint32(0x3F000000))
-    code = (code.astype(jnp.uint32) | (bits >> 31 << 3)).astype(jnp.uint8)
+    code = jnp.where(magnitude >= np.uint32(0x3F800000), normal, (magnitude >= np.uint32(0x3F000000)).astype(jnp.uint32))
+    code = (code | (bits >> 31 << 3)).astype(jnp.uint8)
     return code[..., ::2] | (code[..., 1::2] << 4)
 
 

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 OPEN = 2**30  # a window edge that excludes nothing
+TILE = 64  # queries and keys for which one entry of a block mask stands
 
 
 class Masks(NamedTuple):
@@ -16,8 +18,9 @@ class Masks(NamedTuple):
     Attributes:
       bounds: int32 [B, 3]: valid queries, valid keys, diagonal offset.
       q_seg, kv_seg: int32 [B, T] and [B, S] segment ids, or [0, 0].
-      mask: bool [B|1, N|1, T|1, S|1], True = attend, or [0, 0, 0, 0].
-      bias: float32, shaped like `mask`, added to the scaled logits, or [0, 0, 0, 0].
+      mask: bool [B|1, N|1, T|1, S|1], True = attend, or [0, 0, 0, 0]. A block mask has an entry for each tile of 64
+        queries and 64 keys, [B|1, N|1, ceil(T/64)|1, ceil(S/64)|1]; which of the two it is the operations' `mask_tile` says.
+      bias: float32 [B|1, N|1, T|1, S|1], added to the scaled logits, or [0, 0, 0, 0].
     """
 
     bounds: jax.Array
@@ -42,6 +45,31 @@ def no_masks(batch: int, queries: int, keys: int) -> Masks:
         jnp.zeros((0, 0, 0, 0), bool),
         jnp.zeros((0, 0, 0, 0), jnp.float32),
     )
+
+
+def clipped(x, low: int, high: int) -> jax.Array | np.ndarray:
+    """Integers of any type clipped to [low, high], as int32. Nothing wraps on the way: narrow types are widened before, wide
+    ones narrowed after, those of NumPy arrays and lists before JAX makes int32 of them.
+    """
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    x = x.astype(np.int32) if x.dtype.itemsize < 4 else x
+    low = max(low, int(jnp.iinfo(x.dtype).min))  # of unsigned types
+    clip = jnp.clip if isinstance(x, jax.Array) else np.clip
+    return clip(x, low, high).astype(np.int32)
+
+
+def tiles(tokens: int) -> int:
+    """How many tiles of 64 tokens there are."""
+    return -(-tokens // TILE)
+
+
+def of_pairs(masks: Masks, mask_tile: int, queries: int, keys: int) -> Masks:
+    """The masks with an entry for each pair in place of one for `mask_tile` queries and keys."""
+    mask = masks.mask
+    for axis, length in ((2, queries), (3, keys)):
+        if mask_tile > 1 and mask.shape[axis] > 1:
+            mask = jax.lax.slice_in_dim(jnp.repeat(mask, mask_tile, axis=axis), 0, length, axis=axis)
+    return masks._replace(mask=mask)
 
 
 def visible(

@@ -288,10 +288,11 @@ def operation(name, settings, *operands):
     keys_values = FP4KeysValues(
         Blocks(k4, k_scale), k_tensor, None, Blocks(v4, v_scale), v_tensor, v_mean
     )
+    tokens, keys = q4.shape[2], k4.shape[2]
     return attend(
         FP4Queries(Blocks(q4, q_scale), *queries),
         keys_values,
-        Masks(*operands[-5:]),
+        masking.of_pairs(Masks(*operands[-5:]), settings.mask_tile, tokens, keys),
         fmt=recipe.qk,
         scale=settings.scale,
         window_left=settings.window_left,

@@ -27,8 +27,8 @@ class Recipe:
       q_block: query tokens that share one INT8 scale: 1 (per token), 64 or 128. Keys always share one per 64 tokens.
       pv: format of the product P·V: "e4m3" (FP8, V scaled per channel), "f16", "bf16", "int8" (P per token and tile of
         64 keys, V per 64 tokens: SageBwd, arXiv 2505.11594, section 4), or that of `qk` where it is an FP4 format.
-      pv_accumulator: "f32", or "f16": e4m3 products collected in half precision over 64 keys, with V's range narrowed so
-        that nothing overflows (SageAttention2++, arXiv 2505.21136).
+      pv_accumulator: "f32", or "f16": e4m3 products collected in half precision over 64 keys (SageAttention2++,
+        arXiv 2505.21136), with the range of V's codes, `v_range`, that every e4m3 recipe has: nothing overflows.
       smooth_k: subtract the mean of K over tokens before quantization (SageAttention, arXiv 2410.02367, section 4.2).
       smooth_v: subtract the mean of V over tokens, channel by channel, wherever V becomes 8 bits or fewer. In P·V with e4m3 the
         output gets it back (SageAttention2, arXiv 2411.10958, on the FP22 accumulator): the matrix unit's truncated sums and
@@ -39,8 +39,8 @@ class Recipe:
         scales known before the loop) or "sagebwd" (arXiv 2505.11594, section 4: INT8 per 64×64 tile).
       dp: format of dO·Vᵀ in the backward pass: "int8" or "bf16" (the papers' 16-bit product).
       delta: row correction D of the softmax gradient: "output" (dO·O) or "exact" (recomputed from the backward pass's own
-        probabilities: one more walk over the scores, a third of the backward pass's time on Hopper, for gradients that err
-        far less behind attention sinks and in models without QK-norm; docs/numerics.md).
+        probabilities: one more walk over the scores, 26 to 44% more time in the backward pass on Hopper, for gradients that
+        err far less behind attention sinks and in models without QK-norm; docs/numerics.md).
       qk: format of the product Q·Kᵀ: "int8", or FP4 for both products: "nvfp4" (SageAttention3, arXiv 2505.11594, section 3),
         "mxfp4" or "amxfp4". A backward pass is then that of `eight_bit`.
       smooth_q: FP4 only: subtract each 128 queries' mean, and add its product with K to the scores (section 3.2 there).
@@ -63,9 +63,12 @@ class Recipe:
     published: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Recipe: name={self.name!r} should be a string that is not empty.")
+
         def check(field, allowed):
             value = getattr(self, field)
-            if value not in allowed:
+            if not any(type(value) is type(a) and value == a for a in allowed):
                 names = ", ".join(repr(a) for a in allowed)
                 raise ValueError(
                     f"Recipe {self.name!r}: {field}={value!r} is not supported; choose one of {names}."
@@ -161,7 +164,9 @@ class Recipe:
         if not self.fp4:
             return self
         fields = ("name", "q_block", "smooth_k", "backward", "dp", "delta")
-        return Recipe(**{field: getattr(self, field) for field in fields})
+        given = {field: getattr(self, field) for field in fields}
+        # "published" has no smoothing of V because the paper's FP4 has none: it says nothing about 8 bits.
+        return Recipe(**given, smooth_v=None if self.published or self.smooth_v else False)
 
     @property
     def f16_accumulate(self) -> bool:
@@ -209,7 +214,11 @@ DEFAULT_INFERENCE = PRESETS["sage2"]
 DEFAULT_TRAINING = PRESETS["train8"]
 
 
-_WORDS = {"true": True, "false": False, "none": None}
+# The types of each field, from its annotation: (bool, NoneType) of "bool | None".
+_TYPES = {"str": str, "int": int, "bool": bool, "None": type(None)}
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    field.name: tuple(_TYPES[word] for word in field.type.split(" | ")) for field in dataclasses.fields(Recipe)
+}
 
 
 def resolve(recipe: str | Recipe | None) -> Recipe | None:
@@ -233,14 +242,36 @@ def resolve(recipe: str | Recipe | None) -> Recipe | None:
     if not changes:
         return PRESETS[name]
     fields = {}
-    for change in changes:
-        field, equals, value = change.partition("=")
-        if not equals or field in fields:
-            raise ValueError(
-                f"recipe={recipe!r} changes nothing by {change!r}; write each change once, as in 'train8:delta=exact'."
-            )
-        fields[field] = int(value) if value.isdecimal() else _WORDS.get(value.lower(), value)
+    try:
+        for field, value in map(_change, changes):
+            if field in fields:
+                raise ValueError(f"{field} is changed twice; write each change once.")
+            fields[field] = value
+    except ValueError as reason:
+        raise ValueError(f"recipe={recipe!r}: {reason}") from reason
     return PRESETS[name].replace(**{"name": recipe} | fields)
+
+
+def _change(text: str) -> tuple[str, object]:
+    """The field and the value of a change as `resolve` takes it, "smooth_k=false"."""
+    field, equals, value = text.partition("=")
+    if not equals or not value:
+        raise ValueError(f"{text!r} should be field=value, as in 'train8:delta=exact'.")
+    if field not in FIELD_TYPES:
+        raise ValueError(f"a recipe has no field {field!r}; the fields are {', '.join(FIELD_TYPES)}.")
+    if "," in value and field != "name":
+        raise ValueError(f"{text!r} holds a comma; changes are separated by ':', as in 'train8:pv=bf16:delta=exact'.")
+    types, word = FIELD_TYPES[field], value.lower()
+    if bool in types and word in ("true", "false"):
+        return field, word == "true"
+    if type(None) in types and word == "none":
+        return field, None
+    if int in types and value.isascii() and value.isdecimal():
+        return field, int(value)
+    if str in types:
+        return field, value
+    choices = ["true", "false"] * (bool in types) + ["none"] * (type(None) in types) + ["a number"] * (int in types)
+    raise ValueError(f"{field} should be {' or '.join(choices)}, but is {value!r}.")
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -4,8 +4,9 @@
      "recipes": {"layer0": {"name": "mine", "pv": "bf16"}, "layer1": "sage2", "layer2": "exact"},
      "about": ...}
 
-A layer has the fields of a `Recipe` (those left out have their defaults), the name of a preset, or
-"exact". What "about" holds is for the reader and is not looked at.
+A layer has the fields of a `Recipe` (those left out have their defaults), the name of a preset, with
+changes behind it if there are any ("train8:delta=exact"), or "exact". What "about" holds is for the
+reader and is not looked at.
 """
 
 from __future__ import annotations
@@ -17,15 +18,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sage_jax.recipe import EXACT, PRESETS, Recipe, resolve
+from sage_jax.recipe import EXACT, FIELD_TYPES, PRESETS, Recipe, resolve
 
 _FORMAT = "sage_jax_recipes"
 _VERSION = 1
-_TYPES = {"str": str, "int": int, "bool": bool, "None": type(None)}
-_FIELDS = {  # the annotations of Recipe, "bool | None" for one, as types
-    field.name: tuple(_TYPES[word] for word in field.type.split(" | "))
-    for field in dataclasses.fields(Recipe)
-}
 
 
 def save_recipes(
@@ -35,16 +31,20 @@ def save_recipes(
 
     Args:
       path: of the file, JSON; one that exists is replaced.
-      recipes: name of a layer -> a `Recipe`, the name of a preset, or "exact".
+      recipes: name of a layer -> a `Recipe`, the name of a preset, with changes or without, or
+        "exact".
       about: anything that JSON can hold, such as what the choice was made from.
 
     Raises:
-      ValueError: no layers, a preset that does not exist, a field of a type that a file would not
-        keep (1 for True), or NaN or infinity in `about`.
-      TypeError: the name of a layer is no string, an entry is None or of another type, or `about`
+      ValueError: no layers, a preset that does not exist, or NaN or infinity in `about`.
+      TypeError: no mapping, the name of a layer is no string, an entry is None or of another type, or `about`
         holds what JSON cannot.
       OSError: the file cannot be written.
     """
+    if not isinstance(recipes, Mapping):
+        raise TypeError(
+            f"recipes should map names of layers to recipes, but got {type(recipes).__name__}."
+        )
     if not recipes:
         raise ValueError("recipes is empty; give a recipe for at least one layer.")
     for layer, recipe in recipes.items():
@@ -81,7 +81,8 @@ def load_recipes(path: str | os.PathLike) -> dict[str, Recipe | str]:
       OSError: the file cannot be read.
     """
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as reason:
         raise ValueError(f"{path} is not a JSON file: {reason}.") from reason
     if not isinstance(content, dict) or _FORMAT not in content:
@@ -103,6 +104,16 @@ def load_recipes(path: str | os.PathLike) -> dict[str, Recipe | str]:
     return {layer: _recipe(entry, f"{path}, {layer!r}") for layer, entry in entries.items()}
 
 
+def _once(pairs):
+    """The object of JSON's name and value pairs."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return content
+
+
 def _is_exact(recipe) -> bool:
     return isinstance(recipe, str) and recipe == EXACT
 
@@ -121,12 +132,12 @@ def _recipe(entry, place: str) -> Recipe | str:
             f"{place}: a recipe is a name or an object with a 'name', but this is {entry!r}."
         )
     for field, value in entry.items():
-        if field not in _FIELDS:
+        if field not in FIELD_TYPES:
             raise ValueError(
-                f"{place}: a recipe has no field {field!r}; the fields are {', '.join(_FIELDS)}."
+                f"{place}: a recipe has no field {field!r}; the fields are {', '.join(FIELD_TYPES)}."
             )
-        if type(value) not in _FIELDS[field]:
-            types = " or ".join(t.__name__ for t in _FIELDS[field])
+        if type(value) not in FIELD_TYPES[field]:
+            types = " or ".join(t.__name__ for t in FIELD_TYPES[field])
             raise ValueError(f"{place}: {field} should be of type {types}, but is {value!r}.")
     return _placed(place, Recipe, **entry)
 

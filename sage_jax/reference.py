@@ -96,9 +96,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     v_pv, v_scale = _values_for_pv(deviations if pv == "e4m3" else v, pv, v_range)
     v_dp, v_dp_scale = _values_for_dp(deviations, dp)
     absent = jnp.zeros((0,), F32)
-    kv = QuantizedKV(
-        k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale, absent, absent
-    )  # fmt: skip
+    kv = QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale, absent, absent)
     if dp is None:
         return kv
     k_max = jnp.max(jnp.abs(qz.dequantized_keys(kv)), axis=2, initial=0.0)
@@ -310,24 +308,9 @@ def _half_precision_products(p, v):
 
 
 def attend_backward(
-    qq,
-    kv,
-    m,
-    l,
-    out,
-    dout,
-    dlse,
-    masks,
-    *,
-    backward,
-    dp,
-    exact_delta,
-    scale,
-    window_left,
-    window_right,
-    dtypes,
+    qq, kv, m, l, out, dout, dlse, masks, *, backward, dp, exact_delta, scale, window_left, window_right, dtypes,
     with_dlogits=False,
-):
+):  # fmt: skip
     """Gradients of `attend` (`docs/abi.md`, section 4).
 
     Args:
@@ -372,12 +355,8 @@ def attend_backward(
     if with_dlogits:
         dlogits = e * (d_p - delta[..., None]) * inverse_l[..., None]
         dlogits = _ungroup(jnp.where(spoiled, jnp.nan, dlogits))
-    return (
-        _tokens_first(_ungroup(dq), head_dim, dtypes[0]),
-        _tokens_first(dk, head_dim, dtypes[1]),
-        _tokens_first(dv, head_dim, dtypes[2]),
-        dlogits,
-    )
+    gradients = zip((_ungroup(dq), dk, dv), dtypes, strict=True)
+    return *(_tokens_first(x, head_dim, dtype) for x, dtype in gradients), dlogits
 
 
 def _token_codes(x):
@@ -450,9 +429,7 @@ def _sagebwd(qq, kv, e, d_p, delta, dout, inverse_l, scale):
     q_scale = jnp.max(_tiles(_group(q_scale, kv_heads), 3), axis=-1)  # one value a tile
 
     tiles = lambda x, axis: _tiles(x.astype(F32), axis)  # noqa: E731
-    dv = jnp.einsum(
-        "bkguivj,bkguih,bkguv->bkvjh", p8, tiles(do8, 3), p_scale * do_scale[..., None]
-    )
+    dv = jnp.einsum("bkguivj,bkguih,bkguv->bkvjh", p8, tiles(do8, 3), p_scale * do_scale[..., None])
     dk = jnp.einsum("bkguivj,bkguih,bkguv->bkvjh", s8, tiles(q8, 3), s_scale * q_scale[..., None])
     weight = s_scale * jnp.abs(kv.k_scale)[:, :, None, None, :]
     dq = jnp.einsum("bkguivj,bkvjh,bkguv->bkguih", s8, tiles(k8, 2), weight)
@@ -466,26 +443,54 @@ def _sagebwd(qq, kv, e, d_p, delta, dout, inverse_l, scale):
 # ----------------------------------------------------------------------------------------------------- exact
 
 
+@jax.custom_jvp
+def _nan_derivative(x, where):
+    """x, with the derivative NaN where bool `where`, broadcastable to x, is True, and 1 elsewhere."""
+    return x
+
+
+@_nan_derivative.defjvp
+def _(primals, tangents):
+    x, where = primals
+    return x, tangents[0] * jnp.where(where, jnp.nan, 1.0)
+
+
 def exact_attention(q, k, v, masks, *, scale, window_left, window_right):
     """Attention in float32 under the same masks, differentiable by JAX: what the recipes are measured against.
+
+    A NaN or Inf makes NaN of its query's row, or of the rows that see its key or value, and of the derivatives by what
+    such a row sees, and of nothing else. The derivatives by the bad key and its value themselves are 0.
 
     Returns:
       out float32 [B, T, N, H], lse float32 [B, N, T] (natural logarithm; −inf for rows that see nothing).
     """
     kv_heads = k.shape[2]
-    q, k, v = (jnp.swapaxes(x.astype(F32), 1, 2) for x in (q, k, v))
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    q, k, v = (x.astype(F32) for x in (q, k, v))
+    seen = _by_head(masking.visible(masks, q.shape[1], k.shape[1], window_left, window_right), kv_heads)
+
+    bad_q = ~jnp.all(jnp.isfinite(q), axis=-1)
+    bad = ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
+    poisoned = jnp.any(seen & heads_first(bad)[:, :, None, None], axis=-1)
+    poisoned |= _group(heads_first(bad_q), kv_heads) & jnp.any(seen, axis=-1)
+    spoiled = jnp.any(seen & poisoned[..., None], axis=(2, 3))
+    k, v = (jnp.where(bad[..., None], 0.0, x) for x in (k, v))
+    q = jnp.where(bad_q[..., None], 0.0, _nan_derivative(q, heads_first(_ungroup(poisoned))[..., None]))
+    v = _nan_derivative(v, heads_first(spoiled)[..., None])
+
+    q, k, v = map(heads_first, (q, k, v))
     logits = _dot("bkgth,bksh->bkgts", _group(q, kv_heads), k) * scale
     if masks.bias.size:
         logits = logits + _by_head(masks.bias.astype(F32), kv_heads)
-    seen = masking.visible(masks, q.shape[2], k.shape[2], window_left, window_right)
-    seen = _by_head(seen, kv_heads)
     logits = jnp.where(seen, logits, -jnp.inf)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0.0)
-    e = jnp.where(seen, jnp.exp(jnp.where(seen, logits, 0.0) - top[..., None]), 0.0)
+    logits = _nan_derivative(jnp.where(seen, logits, 0.0), poisoned[..., None])
+    e = jnp.where(seen, jnp.exp(logits - top[..., None]), 0.0)
     l = jnp.sum(e, axis=-1)
     nothing = l == 0
     safe = jnp.where(nothing, 1.0, l)
     out = _dot("bkgts,bksh->bkgth", e, v) / safe[..., None]
-    lse = jnp.where(nothing, -jnp.inf, jnp.log(safe) + top)
-    return jnp.swapaxes(_ungroup(out), 1, 2), _ungroup(lse)
+    out = jnp.where(poisoned[..., None], jnp.nan, jnp.where(nothing[..., None], 0.0, out))
+    lse = jnp.where(poisoned, jnp.nan, jnp.where(nothing, -jnp.inf, jnp.log(safe) + top))
+    return heads_first(_ungroup(out)), _ungroup(lse)

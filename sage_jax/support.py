@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sage_jax import _ffi, _vjp
+from sage_jax import _ffi, _vjp, masking
 from sage_jax import recipe as recipes
 from sage_jax.masking import OPEN
 from sage_jax.recipe import MAX_HEAD_DIM, Recipe
@@ -60,6 +60,7 @@ def plan(
     key_value_segment_ids=None,
     causal_alignment="top_left",
     deterministic=False,
+    block_mask=None,
     platform=None,
 ) -> Plan:
     """Checks a call of `dot_product_attention` by shapes and dtypes only.
@@ -68,10 +69,10 @@ def plan(
       ValueError, TypeError: one sentence: what was given, what is supported, what to do.
       ImportError: the native module that the call needs was not built.
     """
-    del return_residual
     _check_names(implementation, platform)
     query, key, value = map(_shaped, ("query", "key", "value"), (query, key, value))
     bias, mask = map(_optional, ("bias", "mask"), (bias, mask))
+    block_mask = _optional("block_mask", block_mask)
     query_seq_lengths = _optional("query_seq_lengths", query_seq_lengths)
     key_value_seq_lengths = _optional("key_value_seq_lengths", key_value_seq_lengths)
     segments = {
@@ -83,15 +84,16 @@ def plan(
     dtype = _check_dtypes(query, key, value)
     _check_logit_array("bias", bias, (B, N, T, S))
     _check_logit_array("mask", mask, (B, N, T, S))
-    if mask is not None and mask.dtype != np.bool_:
+    blocks = (B, N, masking.tiles(T), masking.tiles(S))
+    _check_logit_array("block_mask", block_mask, blocks, "[B, N, ceil(T/64), ceil(S/64)]")
+    _check_bool("mask", mask, "pass an additive mask as bias")
+    _check_bool("block_mask", block_mask, "compare scores of tiles with a threshold")
+    if mask is not None and block_mask is not None:
         raise ValueError(
-            f"mask has dtype {mask.dtype}, but only bool is supported (True = attend); cast it "
-            f"with .astype(bool), or pass an "
-            "additive mask as bias."
+            "mask and block_mask were both given, but one of them is supported at a time; combine "
+            "them in mask, or express mask by is_causal, windows, lengths or segment ids."
         )
-    if bias is not None and not (
-        jnp.issubdtype(bias.dtype, jnp.floating) or jnp.issubdtype(bias.dtype, jnp.integer)
-    ):
+    if bias is not None and not _is_real(bias.dtype):
         raise ValueError(
             f"bias has dtype {bias.dtype}, but only real numbers are supported; pass a boolean "
             "mask as mask=."
@@ -115,7 +117,12 @@ def plan(
             f"causal_alignment={causal_alignment!r} is not supported; choose 'top_left' (as "
             f"jax.nn does) or 'bottom_right'."
         )
-    for name, flag in (("is_causal", is_causal), ("deterministic", deterministic)):
+    flags = {
+        "is_causal": is_causal,
+        "return_residual": return_residual,
+        "deterministic": deterministic,
+    }
+    for name, flag in flags.items():
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"{name} should be True or False, but got {flag!r}.")
     left, right = _window(local_window_size, is_causal)
@@ -134,6 +141,7 @@ def plan(
         dtype=np.dtype(jnp.float32) if fold_scale else dtype,
         implementation=implementation,
         deterministic=bool(deterministic),
+        mask_tile=1 if block_mask is None else masking.TILE,
     )
     return Plan(settings, chosen or recipes.DEFAULT_INFERENCE, fold_scale)
 
@@ -211,15 +219,27 @@ def _check_dtypes(query, key, value):
     return np.dtype(query.dtype)
 
 
-def _check_logit_array(name, x, full):
+def _check_logit_array(name, x, full, letters="[B, N, T, S]"):
     if x is None:
         return
     shape = (1,) * (4 - len(x.shape)) + tuple(x.shape)
     if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
         raise ValueError(
-            f"{name} has shape {x.shape}, which does not broadcast to [B, N, T, S] = {full}; "
+            f"{name} has shape {x.shape}, which does not broadcast to {letters} = {full}; "
             f"every axis must be 1 or full."
         )
+
+
+def _check_bool(name, x, otherwise):
+    if x is not None and x.dtype != np.bool_:
+        raise ValueError(
+            f"{name} has dtype {x.dtype}, but only bool is supported (True = attend); cast it "
+            f"with .astype(bool), or {otherwise}."
+        )
+
+
+def _is_real(dtype):
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def _check_integers(name, x, shapes):
@@ -271,20 +291,24 @@ def _scale(scale, head_dim):
     """(static softmax scale, whether the given one must be multiplied into the queries instead)"""
     if scale is None:
         return 1.0 / math.sqrt(head_dim), False
-    if isinstance(scale, bool) or not (isinstance(scale, numbers.Real) or hasattr(scale, "shape")):
-        raise TypeError(f"scale should be a number or a scalar array, but got {scale!r}.")
+    dtype = getattr(scale, "dtype", None)
+    real = isinstance(scale, numbers.Real) if dtype is None else _is_real(dtype)
+    if isinstance(scale, bool) or not real:
+        given = repr(scale) if dtype is None else f"an array of {dtype}"
+        raise TypeError(f"scale should be a number or a scalar array of real numbers, but got {given}.")
     if hasattr(scale, "shape") and tuple(scale.shape) != ():
         raise ValueError(f"scale should be a scalar, but got an array of shape {scale.shape}.")
     if isinstance(scale, jax.Array) or not isinstance(scale, (numbers.Real, np.ndarray)):
         return 1.0, True
     try:
-        finite = abs(float(scale)) <= float(np.finfo(np.float32).max)
+        # The softmax works with powers of two.
+        finite = abs(float(scale)) * math.log2(math.e) <= float(np.finfo(np.float32).max)
     except OverflowError:  # of a huge int
         finite = False
     if not finite:
         raise ValueError(
-            f"scale={scale!r} is not finite in float32, the type of the softmax; leave it out for "
-            "1/sqrt(head dimension)."
+            f"scale={scale!r} times log2(e) is not finite in float32, the type of the softmax; leave "
+            "it out for 1/sqrt(head dimension)."
         )
     if not np.float32(scale) > 0:
         return 1.0, True

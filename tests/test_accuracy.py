@@ -74,6 +74,45 @@ def test_exact_chunks_keep_the_diagonal_and_the_segments(monkeypatch):
         np.testing.assert_allclose(chunked, whole[name], atol=1e-5, err_msg=name)
 
 
+def test_exact_without_a_batch_axis_and_of_lists():
+    q, k, v, dout = inputs(batch=1)
+    segments = {"query_segment_ids": np.arange(40) // 9, "key_value_segment_ids": np.arange(56) // 9}
+    whole = accuracy.exact(q, k, v, dout, **{name: x[None] for name, x in segments.items()})
+    rows = accuracy.exact(q[0], k[0], v[0], dout[0], **segments)
+    lists = accuracy.exact(*(np.asarray(x).tolist() for x in (q, k, v, dout)), **{
+        name: x[None].tolist() for name, x in segments.items()
+    })  # fmt: skip
+    assert set(whole) == set(rows) == {"o", "lse", "dq", "dk", "dv"}
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(rows[name], expected[0], err_msg=name)
+        np.testing.assert_array_equal(lists[name], expected, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.array([100], np.int8),
+        jnp.array([100], jnp.int8),
+        jnp.array([200], jnp.uint8),
+        jnp.array([2**32 - 1], jnp.uint32),
+        np.array([2**40]),
+        np.array([-(2**40)]),
+        np.array([2**63], np.uint64),
+        [2**40],
+    ],
+    ids=lambda x: f"{getattr(x, 'dtype', 'list')}_{x[0]}",
+)
+def test_lengths_of_any_type_clip_and_never_wrap(lengths):
+    q, k, v, dout = inputs(batch=1, queries=140, keys=200, heads=1, kv_heads=1)
+    tokens = min(max(int(lengths[0]), 0), 200)
+    expected = accuracy.exact(q, k[:, :tokens], v[:, :tokens], dout)
+    actual = accuracy.exact(q, k, v, dout, key_value_seq_lengths=lengths)
+    for name in ("o", "dq"):
+        np.testing.assert_allclose(actual[name], expected[name], atol=1e-5, err_msg=name)
+    rows = accuracy.exact(q, k, v, query_seq_lengths=lengths)["o"]
+    assert (rows[:, tokens:] == 0).all() and (rows[:, :tokens] != 0).all()
+
+
 # --------------------------------------------------------------------------------------- the errors
 
 
@@ -162,6 +201,31 @@ def test_rows_that_see_nothing_agree():
     for error in report.errors["train8"].values():
         assert math.isfinite(error.rel_l2) and (error.heads_rel_l2[0] == 0).all()
         assert (error.heads_cos[0] == 1).all()
+
+
+@pytest.mark.parametrize("hide", ["lengths", "mask"])
+def test_hidden_tokens_may_hold_anything(hide):
+    q, k, v, dout = inputs(batch=1)
+    q, dout = q.at[:, 30:].set(jnp.nan), dout.at[:, 30:].set(jnp.inf)
+    k, v = k.at[:, 50:].set(-jnp.inf), v.at[:, 50:].set(jnp.nan)
+    keywords = {"query_seq_lengths": [30], "key_value_seq_lengths": [50]}
+    if hide == "mask":
+        keywords = {"mask": (np.arange(40) < 30)[:, None] & (np.arange(56) < 50)}
+    report = accuracy.compare(q, k, v, dout=dout, recipes=["train8", "sagebwd"], **keywords)
+    for errors in report.errors.values():
+        assert all(0 < error.rel_l2 < 0.1 for error in errors.values()), report
+
+
+def test_lists_are_arrays_and_a_cotangent_takes_the_type_of_query():
+    arrays = inputs(batch=1, queries=8, keys=8)
+    q, k, v, dout = (np.asarray(x).tolist() for x in arrays)
+    report = accuracy.compare(q, k, v, dout=dout, recipes=["train8"])
+    assert report.to_dict() == accuracy.compare(
+        *arrays[:3], dout=arrays[3], recipes=["train8"]
+    ).to_dict()  # fmt: skip
+    half = [x.astype(jnp.bfloat16) for x in arrays]
+    expected = accuracy.compare(*half[:3], dout=half[3], recipes=["train8"]).to_dict()
+    assert accuracy.compare(*half[:3], dout=dout, recipes=["train8"]).to_dict() == expected
 
 
 def test_error_of_a_nan_and_of_an_infinity_in_the_wrong_place():
@@ -254,6 +318,39 @@ def test_bad_input_is_one_sentence(keywords, sentence):
     q, k, v, _ = inputs()
     with pytest.raises(ValueError, match=sentence) as raised:
         accuracy.compare(q, k, v, **{"recipes": ["sage2"], **keywords})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "recipes, sentence",
+    [
+        ([None], "recipes holds None, but each of them should be a name or a sage_jax.Recipe"),
+        ({"mine": None}, "recipes holds None"),
+        (["sage2", 3], "recipe should be a name, a sage_jax.Recipe or None, but got int"),
+        (3, "recipes should be names or Recipes, but got int; pass a list"),
+    ],
+)
+def test_what_is_no_recipe_is_one_sentence(recipes, sentence):
+    q, k, v, _ = inputs()
+    with pytest.raises(TypeError, match=sentence) as raised:
+        accuracy.compare(q, k, v, recipes=recipes)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"dout": jnp.zeros((2, 40, 4))}, "dout has the shape"),
+        ({"recipe": "sage2"}, "accuracy.exact got the keyword 'recipe', but takes masks and a scale"),
+        ({"block_mask": jnp.ones((1, 1), bool)}, "got the keyword 'block_mask'"),
+        ({"key": jnp.zeros((2, 56, 3, 16))}, "key and value must have the same shape"),
+        ({"key_value_seq_lengths": [1]}, "key_value_seq_lengths should be an integer array of"),
+    ],
+)
+def test_what_exact_refuses_is_one_sentence(change, sentence):
+    q, k, v, _ = inputs()
+    with pytest.raises((ValueError, TypeError), match=sentence) as raised:
+        accuracy.exact(**{"query": q, "key": k, "value": v, **change})
     assert "\n" not in str(raised.value)
 
 

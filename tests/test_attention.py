@@ -133,6 +133,22 @@ def test_sequences_of_128k(t, s, kwargs):
         assert relative_l2(a[:, -last:], b[:, -last:]) < 0.08
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.int32, jnp.uint32, np.int64, list])
+def test_lengths_of_any_integer_type(dtype):
+    """200 keys are more than an int8 can count."""
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 16)), jax.random.normal(jax.random.key(1), (2, 200, 1, 16))
+    lengths = [100, 7] if dtype is list else np.array([100, 7], dtype) if dtype is np.int64 else jnp.array([100, 7], dtype)
+    expected = [attend(q[b : b + 1], k[b : b + 1, :n], k[b : b + 1, :n]) for b, n in enumerate((100, 7))]
+    assert_same_bits(attend(q, k, k, key_value_seq_lengths=lengths), jnp.concatenate(expected))
+
+
+@pytest.mark.parametrize("length", [2**31, 2**32 + 5, np.iinfo(np.int64).max, -(2**40)])
+def test_lengths_that_no_int32_holds_are_clipped(length):
+    q, k = jax.random.normal(jax.random.key(0), (1, 1, 1, 16)), jax.random.normal(jax.random.key(1), (1, 70, 1, 16))
+    out = attend(q, k, k, key_value_seq_lengths=np.array([length]))
+    assert_same_bits(out, attend(q, k, k) if length > 0 else jnp.zeros_like(out))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 200), (129, 1), (63, 65), (128, 64)])
 def test_lengths_that_divide_nothing(sizes):
     x = inputs(t=sizes[0], s=sizes[1])

@@ -82,6 +82,7 @@ def attend(
         scale=np.float32(scale),
         window_left=np.int64(window_left),
         window_right=np.int64(window_right),
+        mask_tile=np.int32(1),
     )
 
 
@@ -120,6 +121,7 @@ def attend_backward(
         scale=np.float32(scale),
         window_left=np.int64(window_left),
         window_right=np.int64(window_right),
+        mask_tile=np.int32(1),
     )
 
 
@@ -354,6 +356,36 @@ def test_nan_reaches_only_the_rows_that_see_it(recipe):
 def test_gradients_of_a_row_with_a_nan(recipe, nan_at):
     case = next(case for case in cases.BIAS_CASES if case.name == "bias_row")
     check_backward(case, PRESETS[recipe], with_dlogits=True, nan_at=nan_at)
+
+
+@pytest.mark.parametrize("bad", ["k", "v"])
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.backward], ids=lambda r: r.name)
+def test_dq_of_a_row_that_sees_bad_keys_only(recipe, bad):
+    """Query 0 of a causal mask, whose only key is bad, and queries of a segment of bad keys."""
+    q, k, v, dout = (
+        jnp.asarray(x, F32)
+        for x in np.random.default_rng(3).standard_normal((4, 1, 150, 1, 64))
+    )
+    which = np.arange(150) % 149 == 0  # keys 0 and 149, in different tiles
+    at = jnp.asarray(which)[None, :, None, None]
+    k, v = (jnp.where(at, jnp.inf, x) if name == bad else x for name, x in (("k", k), ("v", v)))
+    segments = jnp.where(jnp.asarray(which), 1, 2)[None].at[0, 100].set(1)
+    masks = masking.no_masks(1, 150, 150)._replace(q_seg=segments, kv_seg=segments)
+    kv = quantize_kv(k, v, masks.bounds, **kv_options(recipe))
+    qq = quantize_q(q, kv.k_mean, masks.bounds, q_block=recipe.q_block, scale=0.125)
+    settings = dict(scale=0.125, window_left=masking.OPEN, window_right=0)
+    forward = dict(pv=recipe.pv, f16_accumulate=False, head_dim=64, out_dtype=F32, **settings)
+    out, _, m, l = attend(qq, kv, masks, **forward)
+    options = dict(backward=recipe.backward, dp=recipe.dp, exact_delta=recipe.delta == "exact")
+    options |= dict(dtypes=(F32,) * 3, with_dlogits=True, **settings)
+    operands = (qq, kv, m, l, out, dout, jnp.zeros_like(l), masks)
+    actual = attend_backward(*operands, **options)
+    expected = reference.attend_backward(*operands, **options)
+    nan = np.isnan(np.asarray(actual[0]))[0, :, 0]
+    np.testing.assert_array_equal(nan.any(1), nan.all(1))
+    np.testing.assert_array_equal(np.flatnonzero(nan.all(1)), [0, 100, 149])
+    for name, x, y in zip(("dq", "dk", "dv", "dlogits"), actual, expected):
+        close(x, y, "float32", name)
 
 
 def test_same_bits_on_every_run():

@@ -146,6 +146,17 @@ def test_squares_of_tiny_and_huge_gradients_neither_vanish_nor_overflow(dtype):
     assert np.abs(plain[0, 3]).max() > 0
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_gradients_of_huge_values_are_proportional_to_them(recipe):
+    """D sums products of P and dO·Vᵀ: on the way, too, they must stay in float32's range."""
+    case, power = Case("huge_values", B=1, T=70, S=140, N=2, K=1), 2.0**112
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    dlse = jnp.zeros_like(dlse)
+    plain, scaled = (run(case, recipe, (q, k, v * by, dout, dlse, masks))[0] for by in (1, power))
+    for name, x, y, by in zip(("dq", "dk", "dv"), scaled, plain, (power, power, 1)):
+        assert relative_l2(x.astype(np.float64) / by, y) < BOUND, name
+
+
 def test_no_queries():
     T, S = 0, 70  # without keys the package launches nothing: sage_jax/_ffi.py
     case = Case("empty", B=1, T=T, S=S, N=1, K=1)

@@ -133,14 +133,24 @@ def test_bytes_against_a_bf16_cache(head_dim, ratio):
     assert 0.5 < cache.nbytes / bf16 < ratio
 
 
-def test_append_writes_into_the_donated_buffers():
+@pytest.mark.parametrize("ragged", [False, True])
+def test_append_writes_into_the_donated_buffers(ragged):
     q, k, v = inputs(2, 1, 2, 2, 64)
-    cache = decode.init_cache(2, 256, 2, 64)
+    cache = decode.init_cache(2, 256, 2, 64, ragged=ragged)
     compiled = step.lower(cache, q, k, v).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
     new, _ = step(cache, q, k, v)
     assert all(x.is_deleted() for x in cache)
-    assert int(new.length) == 1
+    assert np.all(np.asarray(new.length) == 1)
+
+
+def test_ragged_writes_index_the_leading_axes():
+    # XLA's GPU compiler transposes the whole buffer of a scatter along any others.
+    q, k, v = inputs(2, 1, 2, 2, 64)
+    traced = append.trace(decode.init_cache(2, 8, 2, 64, ragged=True), k, v)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    dims = "input_batching_dims = [0, 1], scatter_indices_batching_dims = [0, 1], scatter_dims_to"
+    assert text.count(dims) == text.count('stablehlo.scatter"') == 4
 
 
 def test_grouped_heads_are_not_repeated():
@@ -190,6 +200,81 @@ def test_ragged_prompts_equal_each_row_alone():
         np.testing.assert_allclose(prompt[b, :n], expected[0], atol=1e-5)
         alone = append(alone, kn[b : b + 1], vn[b : b + 1])
         np.testing.assert_allclose(out[b], attend(alone, qn[b : b + 1])[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[2, 8], [0, 3], [6, 0]])
+@pytest.mark.parametrize("put", [decode.append, append])
+def test_padding_past_the_end_of_a_cache_overwrites_nothing(put, lengths):
+    q, k, v = inputs(2, 18, 2, 1, 64)
+    first, many = [10, 8], [10 + lengths[0], 8 + lengths[1]]
+    cache = decode.init_cache(2, 16, 1, 64, ragged=True)
+    cache = put(cache, k[:, :10], v[:, :10], lengths=jnp.array(first))
+    cache = put(cache, k[:, 10:], v[:, 10:], lengths=jnp.array(lengths))
+    np.testing.assert_array_equal(cache.length, many)
+    out = attend(cache, q[:, :1])
+    for b, n in enumerate(lengths):
+        row = slice(b, b + 1)
+        alone = filled(k[row, : first[b]], v[row, : first[b]], capacity=16)
+        alone = append(alone, k[row, 10 : 10 + n], v[row, 10 : 10 + n])
+        for got, expected in zip(cache[:4], alone[:4], strict=True):
+            np.testing.assert_array_equal(got[b, :, : many[b]], expected[0, :, : many[b]])
+        np.testing.assert_allclose(out[b], attend(alone, q[row, :1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("put", [decode.append, append])
+def test_a_padded_prompt_may_be_longer_than_the_cache(put):
+    q, k, v = inputs(2, 18, 2, 1, 64)
+    empty = decode.init_cache(2, 16, 1, 64, ragged=True)
+    cache = put(empty, k, v, lengths=jnp.array([3, 16]))
+    np.testing.assert_array_equal(cache.v8, filled(k[:, :16], v[:, :16]).v8)
+    np.testing.assert_array_equal(cache.length, [3, 16])
+
+
+def test_the_room_that_is_checked_is_that_of_the_tokens_that_count():
+    q, k, v = inputs(2, 8, 2, 2, 64)
+    cache = decode.append(decode.init_cache(2, 12, 2, 64, ragged=True), k, v, lengths=[8, 3])
+    np.testing.assert_array_equal(decode.append(cache, k, v, lengths=[4, 8]).length, [12, 11])
+    jax.jit(lambda k, n: decode.append(cache, k, k, lengths=n))(k, jnp.array([4, 8]))
+    for wrap in (lambda f: f, jax.jit):  # a program knows a cache that it closes over
+        for lengths, tokens in (([5, 8], 5), (None, 8)):
+            with pytest.raises(ValueError, match=f"{tokens} tokens do not .* 12 that holds 8"):
+                wrap(lambda k: decode.append(cache, k, k, lengths=lengths))(k)
+
+
+def test_the_number_of_tokens_may_be_symbolic():
+    (t,) = jax.export.symbolic_shape("t", constraints=["t <= 8"])
+    x = jax.ShapeDtypeStruct((2, t, 2, 64), jnp.float32)
+    for ragged in (False, True):
+        jax.export.export(append)(decode.init_cache(2, 8, 2, 64, ragged=ragged), x, x)
+
+
+@pytest.mark.parametrize(
+    "lengths,counted",
+    [
+        ([9, -3], [4, 0]),
+        (np.array([2**32 + 1, -(2**32)]), [4, 0]),
+        (np.array([2**63, 2], np.uint64), [4, 2]),
+        (jnp.array([2**32 - 1, 3], jnp.uint32), [4, 3]),
+        (jnp.array([7, -8], jnp.int4), [4, 0]),
+        ((jnp.int32(3), 0), [3, 0]),
+    ],
+)
+def test_lengths_are_clipped_to_the_tokens_there_are(lengths, counted):
+    q, k, v = inputs(2, 4, 2, 2, 64)
+    cache = decode.init_cache(2, 8, 2, 64, ragged=True)
+    given, expected = (decode.append(cache, k, v, lengths=n) for n in (lengths, np.array(counted)))
+    for a, b in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert given.length.dtype == jnp.int32 and given.length.tolist() == counted
+    if not isinstance(lengths, np.ndarray):  # jit itself would narrow them
+        assert append(cache, k, v, lengths=lengths).length.tolist() == counted
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_narrow_lengths_of_a_long_prompt(xp):
+    k, cache = normal(0, 2, 300, 1, 8), decode.init_cache(2, 300, 1, 8, ragged=True)
+    cache = append(cache, k, k, lengths=xp.array([127, -5], np.int8))
+    np.testing.assert_array_equal(cache.length, [127, 0])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +361,36 @@ def test_bad_values_reach_the_rows_that_see_them_only(where, bad):
     np.testing.assert_allclose(out[~expected], clean[~expected], atol=0.05)
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_bad_query_gives_nan_whatever_the_sign_of_its_scores(bad):
+    q, k, v = inputs(1, 2, 2, 1, 64)
+    cache = filled(k, v)._replace(k8=jnp.ones((1, 1, 2, 64), jnp.int8))  # so all have one sign
+    q = q.at[0, 0, 1].set(bad)
+    mask = jnp.ones((1, 2, 2, 2), bool)
+    out = np.asarray(attend(cache, q, mask=mask, is_causal=False))
+    np.testing.assert_array_equal(np.isnan(out).all(-1), [[[False, True], [False, False]]])
+    np.testing.assert_array_equal(np.isnan(out).any(-1), np.isnan(out).all(-1))
+    unseen = attend(cache, q, mask=mask.at[:, 1, 0].set(False), is_causal=False)
+    assert (np.asarray(unseen)[0, 0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("positions", [[3, 5], ([3, 5], [3, 5]), np.array([3, 5], np.int8)])
+def test_positions_may_be_lists_and_numpy_arrays(positions):
+    q, k, v = inputs(2, 6, 2, 2, 64)
+    cache = filled(k, v)
+    out = decode.attend(cache, q[:, 3::2], positions=positions)
+    np.testing.assert_allclose(out, attend(cache, q)[:, 3::2], rtol=1e-5, atol=1e-6)
+    far = decode.attend(cache, q, positions=np.full(6, 2**32))
+    np.testing.assert_allclose(far, attend(cache, q, is_causal=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, np.float64(0.3), np.array(0.3), jnp.float32(0.3)])
+def test_scales_are_scalars_of_any_kind(scale):
+    q, k, v = inputs(1, 6, 2, 2, 64)
+    exact = exact_attention(q, k, v, scale=float(scale), is_causal=True)
+    assert error(decode.attend(filled(k, v), q, scale=scale), exact) < 0.05
+
+
 @pytest.mark.parametrize("magnitude", [1e-20, 1e4])
 def test_relative_accuracy_at_any_magnitude(magnitude):
     q, k, v = inputs(1, 16, 2, 2, 64)
@@ -341,12 +456,43 @@ def test_tokens_and_channels_of_a_cache_stay_whole():
         ("mask should be bool", lambda c, x: decode.attend(c, x, mask=jnp.ones((2, 2, 4, 8)))),
         ("mask should be", lambda c, x: decode.attend(c, x, mask=jnp.ones((2, 2, 4, 4), bool))),
         ("positions should", lambda c, x: decode.attend(c, x, positions=jnp.arange(3))),
+        ("got float32 .4.; give", lambda c, x: decode.attend(c, x, positions=x[0, :, 0, 0])),
+        ("got float64 .4.; give one place", lambda c, x: decode.attend(c, x, positions=[0.5] * 4)),
+        ("got list; give one place", lambda c, x: decode.attend(c, x, positions=[[1], [1, 2]])),
+        ("is_causal should be", lambda c, x: decode.attend(c, x, is_causal=jnp.array(True))),
+        ("is_causal should be", lambda c, x: decode.attend(c, x, is_causal=1)),
+        ("is_causal should be", lambda c, x: decode.attend(c, x, is_causal="no")),
+        ("scale should be a scalar", lambda c, x: decode.attend(c, x, scale=jnp.ones(8))),
+        ("scale should be a scalar", lambda c, x: decode.attend(c, x, scale=np.ones((1,)))),
+        ("scale should be a real", lambda c, x: decode.attend(c, x, scale=[0.1])),
+        ("scale should be a real", lambda c, x: decode.attend(c, x, scale=True)),
+        ("scale should be a real", lambda c, x: decode.attend(c, x, scale=jnp.array(1j))),
         ("negative side", lambda c, x: decode.attend(c, x, local_window_size=(-1, 0))),
         ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=1.5)),
         ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=(1, 2, 3))),
         ("capacity should be", lambda c, x: decode.init_cache(2, 0, 2, 64)),
+        ("kv_heads=0 and head_dim=64", lambda c, x: decode.init_cache(2, 8, 0, 64)),
+        ("kv_heads=2 and head_dim=0", lambda c, x: decode.init_cache(2, 8, 2, 0)),
     ],
 )
 def test_bad_arguments_are_refused_in_one_sentence(message, call):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(decode.init_cache(2, 8, 2, 64), jnp.zeros((2, 4, 2, 64)))
+
+
+@pytest.mark.parametrize(
+    "given,lengths",
+    [
+        ("float32 .2.", jnp.array([1.0, 2.5])),
+        ("float64 .2.", [1.0, 2.5]),
+        ("bool .2.", [True, False]),
+        ("int32 .3.", jnp.array([1, 2, 3])),
+        ("int64 ..", 3),
+        ("list", [[1], [2, 3]]),
+    ],
+)
+def test_lengths_that_are_no_counts_are_refused(given, lengths):
+    x, cache = jnp.zeros((2, 4, 2, 64)), decode.init_cache(2, 8, 2, 64, ragged=True)
+    message = f"lengths should be an integer array of shape .2., but got {given}; give one count"
+    with pytest.raises(ValueError, match=message):
+        decode.append(cache, x, x, lengths=lengths)

@@ -137,6 +137,15 @@ def test_symbolic_batch():
     assert relative_l2(exported.call(*x), attend(*x, implementation="reference")) < 1e-6
 
 
+def test_symbolic_batch_of_the_platform_own_kernels():
+    """For CUDA scratch memory is planned by sizes: there such a program says so."""
+    x = inputs()
+    (b,) = jax.export.symbolic_shape("b")
+    types = [jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in x]
+    exported = jax.export.export(jax.jit(attend), platforms=["cpu"], disabled_checks=ALLOWED)(*types)
+    assert relative_l2(exported.call(*x), attend(*x)) < 1e-6
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_wish_for_gradients_that_repeat_reaches_the_kernels(asked):
     by_flax = sage_jax.flax.attention_fn(deterministic_gradients=asked)

@@ -117,6 +117,18 @@ def test_adapter_hands_its_settings_on():
         attention_fn(recipe="sage9")
 
 
+@pytest.mark.parametrize("recipe", ["exact", "sage2", "train8"])
+def test_hidden_tokens_may_hold_anything(recipe):
+    q, k, v = (normal(i, 1, 12, 2, H) for i in range(3))
+    seen = jnp.arange(12) < 9
+    k, v = (x.at[:, 9:].set(jnp.nan) for x in (k, v))
+    attend = functools.partial(attention_fn(recipe), mask=seen)
+    assert error(attend(q, k, v), attention_fn("exact")(q, k[:, :9], v[:, :9])) < BOUND
+    if recipe != "sage2":
+        for x in jax.grad(lambda *qkv: jnp.sum(attend(*qkv) ** 2), (0, 1, 2))(q, k, v):
+            assert jnp.isfinite(x).all() and (x[:, :9] != 0).any()
+
+
 def test_adapters_are_shared_between_equal_arguments_only():
     assert attention_fn("train8") is attention_fn(recipe=sage_jax.recipes["train8"])
     assert attention_fn(local_window_size=[3, 0]) is attention_fn(local_window_size=(3, 0))

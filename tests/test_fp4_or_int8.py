@@ -183,8 +183,8 @@ def test_files_of_other_kinds_give_one_line(example, saved, capsys, tmp_path):
     ("arguments", "told"),
     [
         (["--recipes", "sage9"], "recipe='sage9' is unknown"),
-        (["--recipes", "sage3:colour=red"], "Recipe has no field 'colour'"),
-        (["--recipes", "sage3:published"], "changes nothing by 'published'"),
+        (["--recipes", "sage3:colour=red"], "a recipe has no field 'colour'"),
+        (["--recipes", "sage3:published"], "'published' should be field=value"),
         (["--recipes", "sage2,sage2"], "--recipes names sage2 twice"),
         (["--tolerance", "0"], "'0' is not a positive number"),
         (["--sequences", "0"], "'0' is not a whole number from 1 up"),

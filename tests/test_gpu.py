@@ -451,43 +451,12 @@ def test_sums_of_many_equal_probabilities_stay_finite(keys, head_dim):
     np.testing.assert_allclose(np.asarray(out)[0, :, 0], np.broadcast_to(exact[:, None], (keys, head_dim)), atol=0.03)
 
 
-@pytest.mark.parametrize("magnitude", [1e-20, 1e4])
+@pytest.mark.parametrize("magnitude", [1e-20, 1e4, 1e34])
 def test_tiny_and_huge_values_keep_their_relative_accuracy(magnitude):
     q, k, v, dout = accuracy.synthetic("normal", jax.random.key(1), tokens=300, head_dim=64)
-    call = functools.partial(
-        accuracy.compare, q, k, recipes=["sage1", "train8", "sagebwd"], implementation="cuda"
-    )
+    recipes = ["sage1", "train8", "train8:delta=exact", "sagebwd"]
+    call = functools.partial(accuracy.compare, q, k, recipes=recipes, implementation="cuda")
     usual, scaled = call(v, dout=dout), call(v * magnitude, dout=dout)
     for label, errors in usual.errors.items():
         for tensor, error in errors.items():
             assert scaled.errors[label][tensor].rel_l2 < 1.1 * error.rel_l2 + 1e-4, f"\n{scaled}"
-
-
-# ---------------------------------------------------------------------------- for computesanitizer
-
-
-@pytest.mark.parametrize("recipe", [*WIDELY_TESTED, PRESETS["sage2pp"], *OTHERS[:2]], ids=by_name)
-@pytest.mark.parametrize("head_dim", [40, 64, 128, 200])
-def test_small_problems_for_the_sanitizer(recipe, head_dim):
-    """Every kernel once, ragged and masked, small enough to run under compute-sanitizer."""
-    case = Case(
-        "sanitizer", B=1, T=70, S=134, N=2, K=1, H=head_dim, right=40, lengths=True, segments=True,
-        mask=(1, 0, 1, 1), dtype="bfloat16",
-    )  # fmt: skip
-    q, k, v, dout, dlse, masks = make_inputs(case)
-    if recipe.backward:
-        results = gradients_on_gpu(case, recipe, q, k, v, dout, dlse, masks)
-    else:
-        settings = settings_of(case, recipe, "cuda")
-        results = _vjp.attention(settings, q, k, v, Masks(*present(masks)))
-    for x in jax.device_get(results):
-        assert not np.isnan(np.asarray(x, np.float32)).any()
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_few_queries_for_the_sanitizer(head_dim):
-    case = Case("decode", B=1, T=2, S=1100, N=4, K=2, H=head_dim, left=900, right=0, bottom_right=True, dtype="bfloat16")
-    q, k, v, _, _, masks = make_inputs(case)
-    settings = settings_of(case, PRESETS["sage2"], "cuda")
-    for x in jax.device_get(_vjp.attention(settings, q, k, v, Masks(*present(masks)))):
-        assert not np.isnan(np.asarray(x, np.float32)).any()

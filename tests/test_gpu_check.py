@@ -15,7 +15,7 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
   -) cat > /dev/null ;;
   *"import xdist"*) exit 1 ;;
-  *lengths.py* | *memory.py*) echo "$*" ;;
+  *lengths.py* | *memory.py* | *sparse.py*) echo "$*" ;;
   *attention.py*) echo "bench: $*"; [ ! -f "$HERE/slow" ] || sleep 60; [ ! -f "$HERE/broken" ] ;;
   *pytest*)
     echo "tests: $*"
@@ -55,11 +55,11 @@ def test_all_steps_in_order(check, tmp_path):
     done, summary = check("--bench", "--passes fwd", "--pytest", "-x")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split(",")[0] for line in summary] == [
-        f"{step}: passed" for step in ("build", "test", "sanitize", "bench", "lengths", "memory")
+        f"{step}: passed" for step in ("build", "test", "sanitize", "bench", "lengths", "memory", "sparse")
     ]
     log = {
         step: (tmp_path / "out" / f"{step}.log").read_text()
-        for step in ("build", "test", "bench", "lengths", "memory")
+        for step in ("build", "test", "bench", "lengths", "memory", "sparse")
     }
     assert "SAGE_JAX_CUDA=ON" in log["build"] and "--build build/gpu_py312" in log["build"]
     assert " -x tests" in log["test"] and "-m gpu" in log["test"]
@@ -104,7 +104,7 @@ def test_the_summary_names_the_tests_that_failed(check, tmp_path):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["fly"], "unknown argument 'fly'; the steps are build, test, sanitize, bench, lengths and memory"),
+        (["fly"], "unknown argument 'fly'; the steps are build, test, sanitize, bench, lengths, memory and sparse"),
         (["--limit", "bench=soon"], "--limit bench=soon is not of the form STEP=SECONDS"),
         (["--limit", "fly=60"], "--limit fly=60 is not of the form STEP=SECONDS"),
         ([""], "unknown argument ''"),

@@ -84,13 +84,52 @@ def test_names_with_changes():
     assert resolve("sage3:published=true").published
     assert resolve("train8:name=mine:delta=exact").name == "mine"
     assert resolve("train8:backward=none").backward is None
-    for text in ("train8:", "train8:delta", "train8:delta=exact:delta=output"):
-        with pytest.raises(ValueError, match="changes nothing by .*; write each change once"):
-            resolve(text)
-    with pytest.raises(ValueError, match="no field 'colour'"):
-        resolve("train8:colour=red")
-    with pytest.raises(ValueError, match="delta=True is not supported"):
-        resolve("train8:delta=true")
+    assert resolve("train8:name=none").name == "none" and resolve("train8:name=64").name == "64"
+    assert resolve("sage2:smooth_v=none") == PRESETS["sage2"].replace(name="sage2:smooth_v=none")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train8:", "'' should be field=value, as in 'train8:delta=exact'"),
+        ("train8:delta", "'delta' should be field=value"),
+        ("train8:name=", "'name=' should be field=value"),
+        ("train8:delta=exact:delta=output", "delta is changed twice; write each change once"),
+        ("train8:pv=bf16,delta=exact", "'pv=bf16,delta=exact' holds a comma; changes are separated by ':'"),
+        ("train8:colour=red", "a recipe has no field 'colour'; the fields are name, q_block, pv,"),
+        ("train8:delta=true", "delta='true' is not supported; choose one of 'output', 'exact'"),
+        ("train8:dp=none", "dp='none' is not supported; choose one of 'int8', 'bf16'"),
+        ("train8:smooth_k=0", "smooth_k should be true or false, but is '0'"),
+        ("train8:smooth_v=1", "smooth_v should be true or false or none, but is '1'"),
+        ("train8:q_block=true", "q_block should be a number, but is 'true'"),
+        ("train8:q_block=-64", "q_block should be a number, but is '-64'"),
+        ("train8:q_block=32", "q_block=32 is not supported; choose one of 1, 64, 128"),
+    ],
+)
+def test_changes_that_are_refused(text, told):
+    with pytest.raises(ValueError) as error:
+        resolve(text)
+    assert repr(text) in str(error.value) and told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (dict(name=3), "name=3 should be a string"),
+        (dict(name=""), "name='' should be a string that is not empty"),
+        (dict(name="x", q_block=64.0), "q_block=64.0 is not supported"),
+        (dict(name="x", smooth_k=1), "smooth_k=1 is not supported"),
+    ],
+)
+def test_fields_have_the_types_that_they_say(fields, told):
+    with pytest.raises(ValueError, match=told):
+        Recipe(**fields)
+
+
+def test_the_8_bit_recipe_of_an_fp4_one_smooths_values_unless_told_not_to():
+    assert not resolve("sage3:backward=train8:smooth_v=false").eight_bit.smooth_v
+    assert resolve("sage3:backward=train8").eight_bit.smooth_v
+    assert resolve("sage3:published=true:backward=train8").eight_bit.smooth_v
 
 
 def test_unknown_names_and_types():

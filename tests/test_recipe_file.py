@@ -48,6 +48,7 @@ def test_names_of_presets_and_fields_left_out(tmp_path):
     ("content", "told"),
     [
         ("recipes: sage3", "is not a JSON file"),
+        ('{"sage_jax_recipes": 1, "recipes": {"a": "sage2", "a": "exact"}}', "'a' stands twice in one object"),
         ("[" * 100_000, "is not a JSON file"),
         ('"sage3"', "is not a file of recipes: it has no 'sage_jax_recipes'"),
         ({"recipes": {"a": "sage2"}}, "is not a file of recipes"),
@@ -98,7 +99,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ({"a": None}, None, TypeError, "the recipe of 'a' is None, which means another one"),
         ({"a": "sage9"}, None, ValueError, "recipe='sage9' is unknown"),
         ({"a": 8}, None, TypeError, "but got int"),
-        ({"a": SAGE3.replace(smooth_k=1)}, None, ValueError, "smooth_k should be of type bool"),
+        (["sage2"], None, TypeError, "should map names of layers to recipes, but got list"),
         ({"a": "sage2"}, float("nan"), ValueError, "not JSON compliant"),
         ({"a": "sage2"}, {"x": object()}, TypeError, "not JSON serializable"),
     ],

@@ -214,6 +214,82 @@ def test_a_nan_reaches_the_gradients_of_the_keys_its_row_sees_and_no_other(where
         assert (np.isnan(np.asarray(gradient)) == expected[..., None]).all()
 
 
+def exact_results(q, k, v, dout, dlse, masks, **settings):
+    """{name: array} of exact attention and its gradients."""
+    names = ("out", "lse", "dq", "dk", "dv", "dbias")
+    return dict(zip(names, exact_gradients(q, k, v, dout, dlse, masks, **settings), strict=True))
+
+
+HIDDEN_BY = {
+    "lengths": lambda keys: {"bounds": jnp.array([[60, 70, 0]], jnp.int32)},
+    "mask": lambda keys: {"mask": jnp.asarray(keys < 70)[None, None, None]},
+    "mask_and_bias": lambda keys: {
+        "mask": jnp.asarray(keys < 70)[None, None, None],
+        "bias": jnp.asarray(keys / 100, jnp.float32)[None, None, None],
+    },
+    "segments": lambda keys: {
+        "q_seg": jnp.where(keys < 70, 0, 2)[None],
+        "kv_seg": jnp.where(keys < 70, 0, 1)[None],
+    },
+}
+
+
+@pytest.mark.parametrize("hidden_by", HIDDEN_BY)
+@pytest.mark.parametrize("content", [jnp.nan, jnp.inf, -jnp.inf])
+def test_exact_attention_never_reads_what_no_query_sees(hidden_by, content):
+    """Keys and values that are hidden, queries and cotangents of rows that see nothing."""
+    q, k, v, dout, dlse, _ = make_inputs(Case("plain", B=1, T=90, S=90, N=4, K=2))
+    masks = no_masks(1, 90, 90)._replace(**HIDDEN_BY[hidden_by](np.arange(90)))
+    see_nothing = {"lengths": 60, "segments": 70}.get(hidden_by, 90)
+    clean, full = ((q.at[:, see_nothing:].set(x), k.at[:, 70:].set(x), v.at[:, 70:].set(x),
+                    dout.at[:, see_nothing:].set(x), dlse)
+                   for x in (0.0, content))  # fmt: skip
+    expected, actual = exact_results(*clean, masks), exact_results(*full, masks)
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+    for name, first in (("dq", see_nothing), ("dk", 70), ("dv", 70)):
+        assert (np.asarray(actual[name])[:, first:] == 0).all(), name
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_exact_attention_gives_nan_to_the_rows_that_see_a_nan_and_to_what_they_see(where):
+    """Under a causal mask, with the derivative's zeros where the 8-bit backward pass has them."""
+    case = Case("causal", B=1, T=150, S=150, N=4, K=2, right=0)
+    q, k, v, dout, dlse, masks = make_inputs(case)
+    masks = masks._replace(bias=jnp.zeros((1, 4, 1, 150)))
+    clean = exact_results(q, k, v, dout, dlse, masks, **window(case))
+    arrays = dict(q=q, k=k, v=v)
+    arrays[where] = arrays[where].at[0, 70, 1, 5].set(jnp.nan)
+    actual = exact_results(*arrays.values(), dout, dlse, masks, **window(case))
+    rows, keys = np.zeros((1, 150, 4), bool), np.zeros((1, 150, 2), bool)
+    if where == "q":
+        rows[:, 70, 1] = keys[:, :71, 0] = True
+    else:
+        rows[:, 70:, 2:] = keys[:, :, 1] = True
+        keys[:, 70, 1] = False
+    expected = dict(out=rows, lse=rows.swapaxes(1, 2), dq=rows, dk=keys, dv=keys)
+    eight_bit = gradients(*arrays.values(), dout, dlse, masks, TRAIN8, **window(case))
+    for (name, nan), eight in zip(expected.items(), eight_bit[:5], strict=True):
+        x = np.asarray(actual[name])
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(eight), err_msg=name)
+        nan = nan if name == "lse" else np.broadcast_to(nan[..., None], x.shape)
+        np.testing.assert_array_equal(np.isnan(x), nan, err_msg=name)
+        if name in ("out", "lse", "dq"):  # the other rows see no bad key
+            np.testing.assert_array_equal(x[~nan], np.asarray(clean[name])[~nan], err_msg=name)
+    assert np.isnan(actual["dbias"]).any()
+
+
+def test_exact_gradient_of_a_row_that_sees_bad_keys_only():
+    """Query 0 of a causal mask: NaN, as in every other backward pass."""
+    q, k, v, dout, dlse, masks = make_inputs(Case("causal", B=1, T=5, S=5, N=2, K=1, right=0))
+    masks = masks._replace(q_seg=jnp.array([[0, 1, 1, 1, 1]]), kv_seg=jnp.array([[0, 1, 1, 1, 1]]))
+    results = exact_results(q, k, v.at[0, 0].set(jnp.inf), dout, dlse, masks, window_right=0)
+    for name, nan in (("out", [0]), ("dq", [0]), ("dk", []), ("dv", [])):
+        isnan = np.isnan(np.asarray(results[name]))[0].reshape(5, -1)
+        assert (isnan.any(1) == isnan.all(1)).all(), name
+        np.testing.assert_array_equal(np.flatnonzero(isnan.all(1)), nan, err_msg=name)
+
+
 def test_gradients_of_tiny_cotangents_keep_their_digits():
     q, k, v, dout, dlse, masks = make_inputs(Case("plain", B=1, T=80, S=80))
     ours = gradients(q, k, v, dout * 1e-20, dlse * 0, masks, TRAIN8)

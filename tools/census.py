@@ -39,7 +39,7 @@ BUDGETS = (
     ("clear_all_largest", 16, "latency is hidden by warps"),
     ("strand_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
-    ("query_terms*", 168, "three blocks of 128 threads a multiprocessor, one of 256"),
+    ("query_terms*", 128, "two blocks of 256 threads a multiprocessor"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
     ("finish_dq*", 80, "three blocks of 256 threads a multiprocessor"),
     ("combine_splits*", 80, "three blocks of 256 threads a multiprocessor"),

@@ -89,6 +89,7 @@ def _cases() -> dict:
     """Feature -> the calls, as (positional arguments, keywords), that make it up."""
     lengths, ids = _array((B,), jnp.int32), _array((B, T), jnp.int32)
     mask, bias = _array((1, N, T, T), jnp.bool_), _array((1, N, T, T), jnp.float32)
+    tiles = _array((B, N, -(-T // 64), -(-T // 64)), jnp.bool_)
 
     def call(*more, operands=None, **keywords):
         return (*(operands or _operands()), *more), keywords
@@ -106,6 +107,7 @@ def _cases() -> dict:
         "lengths": [call(query_seq_lengths=lengths), call(key_value_seq_lengths=lengths)],
         "packed sequences": [call(query_segment_ids=ids, key_value_segment_ids=ids)],
         "boolean masks": [call(None, mask)],
+        "block masks (SpargeAttention)": [call(block_mask=tiles, differentiate=True)],
         "additive bias and its gradient": [call(bias, differentiate=True)],
         "differentiable log-sum-exp": [call(return_residual=True, differentiate=True)],
     }

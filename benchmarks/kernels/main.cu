@@ -3,18 +3,23 @@
 //
 //   bench_kernels time [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--tokens N] [--channels N]
 //                     [--portable 1] [--backward 1] [--deterministic 1] [--exact-delta 1]
+//                     [--density D [--block-q N] [--block-k N]]
 //   bench_kernels decode [--seq N,..] [--dim N,..] [--pv e4m3|f16|bf16] [--portable 1] [--heads N] [--kv-heads N]
 //   bench_kernels soak [--problems N] [--seed N] [--first N]
 //   bench_kernels contention
+//   bench_kernels products
 //
 // `time` prints milliseconds of each operation and of the forward ones together, and the rates of the
-// attention kernels (of train8's backward pass: its pre-pass included). `decode` does so for one to 16
+// attention kernels (of train8's backward pass: its pre-pass included); with a density, under a block mask of so many of the
+// blocks of queries and keys, whose operations all count, those not done too. `decode` does so for one to 16
 // queries of 32 heads, which share eight key heads of the given lengths (or of as many heads as are asked for), with the
 // rate at which codes of K and V are read. `soak` runs random problems, masks and ragged shapes included, through the
 // kernel that the device would get and through the portable one, and fails where results differ by more
 // than rounding. `contention` prints the rates of single instructions on sm_90, alone and beside the
-// matrix unit's products, and what those keep of theirs.
+// matrix unit's products, and what those keep of theirs. `products` prints what the matrix units of the whole card sustain on the
+// forward kernel's products alone, on codes as attention has them and on zeros, and its clock meanwhile.
 #include "contention.cuh"
+#include "products.cuh"
 #include "soak.cuh"
 
 using namespace sage;
@@ -29,6 +34,7 @@ int time_kernels(const Options& o) {
     for (int seq : o.seq) {
       const int heads = o.channels / dim, batch = std::max(1, o.tokens / seq);
       Problem p({batch, seq, seq, heads, heads, dim, dim}, o.pv, 7, 1.0f);
+      if (o.density > 0) p.set_density(o.density, o.block_q, o.block_k);
       p.quantize_keys(o.backward);
       const double kv = milliseconds([&] { p.quantize_keys(o.backward); });
       const double q = milliseconds([&] { p.quantize_queries(); });
@@ -120,6 +126,28 @@ int print_contention() {
   return 0;
 }
 
+template <Steady kKind>
+bool print_steady(const char* name) {
+  for (bool zeros : {false, true}) {
+    const SteadyRate x = sustain<kKind>(steady_codes(zeros));
+    if (!x.ran) return false;
+    printf("%-34s %-6s %7.0f TOPS %6.0f MHz %7.1f clocks a tile\n", name, zeros ? "zeros" : "codes", x.tops, x.megahertz,
+           x.clocks_per_tile);
+    fflush(stdout);
+  }
+  return true;
+}
+
+int print_products() {
+  const bool ran = print_steady<Steady::kScores>("Q.K, INT8") &&
+                   print_steady<Steady::kScoresFromStart>("Q.K, INT8, from the start's product") &&
+                   print_steady<Steady::kValues>("P.V, e4m3, sums of 16 bits") &&
+                   print_steady<Steady::kValuesFloat>("P.V, e4m3, sums of 32 bits") &&
+                   print_steady<Steady::kForward>("both, as the forward kernel");
+  if (!ran) fprintf(stderr, "bench_kernels: products needs an sm_90 device and kernels built for 90a\n");
+  return ran ? 0 : 2;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -140,6 +168,9 @@ int main(int count, char** words) {
     else if (name == "--backward") o.backward = std::atoi(value) != 0;
     else if (name == "--exact-delta") o.exact_delta = std::atoi(value) != 0;
     else if (name == "--deterministic") o.deterministic = std::atoi(value) != 0;
+    else if (name == "--density") o.density = std::atof(value);
+    else if (name == "--block-q") o.block_q = std::atoi(value);
+    else if (name == "--block-k") o.block_k = std::atoi(value);
     else if (name == "--seed") o.seed = static_cast<unsigned>(std::atoi(value));
     else if (name == "--pv") {
       const std::string pv = value;
@@ -155,6 +186,7 @@ int main(int count, char** words) {
   if (command == "decode") return time_decoding(o);
   if (command == "soak") return soak(o);
   if (command == "contention") return print_contention();
-  fprintf(stderr, "bench_kernels: say `time`, `decode`, `soak` or `contention`\n");
+  if (command == "products") return print_products();
+  fprintf(stderr, "bench_kernels: say `time`, `decode`, `soak`, `contention` or `products`\n");
   return 2;
 }

@@ -157,7 +157,43 @@ struct Problem {
     bounds.upload(b);
     masks.bounds = bounds.data;
     masks.window_left = masks.window_right = 1 << 30;
+    masks.mask_tile = 1;
     workspace = Buffer<uint8_t>(workspace_bytes());
+  }
+
+  // Masks of `sizes` entries, whose axes of size 1 broadcast, each for `tile` queries and keys.
+  void set_mask(const std::vector<uint8_t>& entries, const int (&sizes)[4], int tile) {
+    int64_t stride = 1;
+    for (int n = 3; n >= 0; --n) {
+      masks.mask_sizes[n] = sizes[n];
+      masks.mask_strides[n] = sizes[n] == 1 ? 0 : stride;
+      stride *= sizes[n];
+    }
+    mask = Buffer<uint8_t>(entries.size());
+    mask.upload(entries);
+    masks.mask = mask.data;
+    masks.mask_tile = tile;
+    workspace = Buffer<uint8_t>(workspace_bytes());
+  }
+
+  // A block mask: of the blocks of so many queries and keys a share of `density` at random, and those on the diagonal.
+  void set_density(double density, int block_q, int block_k) {
+    const int sizes[4] = {shape.batch, shape.heads, (shape.queries + 63) / 64, (shape.keys + 63) / 64};
+    const int rows = (shape.queries + block_q - 1) / block_q, columns = (shape.keys + block_k - 1) / block_k;
+    std::mt19937 generator(11);
+    std::bernoulli_distribution chosen(density);
+    std::vector<uint8_t> entries;
+    for (int plane = 0; plane < shape.batch * shape.heads; ++plane) {
+      std::vector<uint8_t> blocks(static_cast<size_t>(rows) * columns);
+      for (auto& x : blocks) x = chosen(generator);
+      for (int i = 0; i < rows; ++i) blocks[static_cast<size_t>(i) * columns + std::min(i * block_q / block_k, columns - 1)] = 1;
+      for (int i = 0; i < sizes[2]; ++i) {
+        for (int j = 0; j < sizes[3]; ++j) {
+          entries.push_back(blocks[static_cast<size_t>(i * 64 / block_q) * columns + j * 64 / block_k]);
+        }
+      }
+    }
+    set_mask(entries, sizes, 64);
   }
 
   size_t workspace_bytes() const {
@@ -288,6 +324,8 @@ struct Options {
   PvFormat pv = PvFormat::kE4m3;
   int tokens = 16384, channels = 2048, problems = 200, first = 0, heads = 32, kv_heads = 8;
   bool portable = false, backward = false, deterministic = false, exact_delta = false;
+  double density = 0;  // of a block mask; 0: none
+  int block_q = 128, block_k = 128;
   unsigned seed = 1;
 };
 

@@ -85,20 +85,17 @@ inline int soak(const Options& o) {
       p.masks.kv_seg = p.kv_seg.data;
     }
     if (dense) {
-      const int full[4] = {s.batch, s.heads, s.queries, s.keys};
-      int64_t stride = 1;
-      for (int n = 3; n >= 0; --n) {
-        const int size = n < 2 && random.coin() ? 1 : full[n];
-        p.masks.mask_sizes[n] = size;
-        p.masks.mask_strides[n] = size == 1 ? 0 : stride;
-        stride *= size;
+      const int tile = random.coin() ? 64 : 1;
+      int sizes[4] = {s.batch, s.heads, (s.queries + tile - 1) / tile, (s.keys + tile - 1) / tile};
+      size_t count = 1;
+      for (int n = 0; n < 4; ++n) {
+        if (n < 2 && random.coin()) sizes[n] = 1;
+        count *= static_cast<size_t>(sizes[n]);
       }
-      std::vector<uint8_t> entries(static_cast<size_t>(stride));
+      std::vector<uint8_t> entries(count);
       const int odds = 1 + random.below(8);
       for (auto& x : entries) x = random.below(odds) == 0 || odds == 8;
-      p.mask = Buffer<uint8_t>(entries.size());
-      p.mask.upload(entries);
-      p.masks.mask = p.mask.data;
+      p.set_mask(entries, sizes, tile);
     }
     p.workspace = Buffer<uint8_t>(p.workspace_bytes());
     const bool poison = random.coin(5);

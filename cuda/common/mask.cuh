@@ -25,7 +25,7 @@ struct IdRange {
 struct MaskSummary {
   IdRange* q_ids;     // [B, T64] smallest and largest segment id of 64 queries, or null
   IdRange* kv_ids;    // [B, S64]
-  uint8_t* state;     // TileView of the dense mask, [B|1, N|1, T64|1, S64|1], or null
+  uint8_t* state;     // TileView of the dense mask, or the block mask, [B|1, N|1, T64|1, S64|1], or null
   int state_rows;     // T64|1
   int state_columns;  // S64|1
   size_t bytes;
@@ -47,11 +47,14 @@ __host__ __device__ inline MaskSummary mask_summary(const AttentionShape& shape,
     s.bytes = (q_tiles + kv_tiles) * sizeof(IdRange);
   }
   if (masks.mask != nullptr) {
-    s.state = base + s.bytes;
-    s.state_rows = mask_tiles(masks.mask_sizes[2]);
-    s.state_columns = mask_tiles(masks.mask_sizes[3]);
-    s.bytes += static_cast<size_t>(masks.mask_sizes[0]) * masks.mask_sizes[1] * s.state_rows *
-               s.state_columns;
+    s.state_rows = mask_tiles(masks.mask_sizes[2] * masks.mask_tile);
+    s.state_columns = mask_tiles(masks.mask_sizes[3] * masks.mask_tile);
+    if (masks.mask_tile == 1) {
+      s.state = base + s.bytes;
+      s.bytes += static_cast<size_t>(masks.mask_sizes[0]) * masks.mask_sizes[1] * s.state_rows * s.state_columns;
+    } else {
+      s.state = const_cast<uint8_t*>(masks.mask);  // a block mask is its own summary; it is not written to
+    }
   }
   return s;
 }
@@ -68,13 +71,14 @@ struct Span {
 struct Mask {
   int b, n;
   int queries, keys, offset, left, right;
+  int state_all;  // what `state` is where everything is seen
   const int32_t* q_seg;
   const int32_t* kv_seg;
-  const uint8_t* dense;
+  const uint8_t* dense;  // looked at where a mask has an entry for each pair
   int64_t stride_t, stride_s;
   const IdRange* q_ids;
   const IdRange* kv_ids;
-  const uint8_t* state;
+  const uint8_t* state;  // TileView of tiles; a block mask itself, whose entries are 0 and 1
   int state_stride_t, state_stride_s;
 
   __device__ Mask(const AttentionShape& shape, const MaskParams& p, void* workspace, int b, int n)
@@ -96,6 +100,7 @@ struct Mask {
     }
     dense = state = nullptr;
     stride_t = stride_s = state_stride_t = state_stride_s = 0;
+    state_all = p.mask_tile > 1 ? 1 : static_cast<int>(TileView::kAll);
     if (p.mask != nullptr) {
       dense = p.mask + b * p.mask_strides[0] + n * p.mask_strides[1];
       stride_t = p.mask_strides[2];
@@ -108,16 +113,18 @@ struct Mask {
     }
   }
 
-  // `dense_offset`: from the dense mask of this head to that of another, in elements.
+  // Of a tile of 64 queries and 64 keys that view() does not call kNothing. `dense_offset`: from the dense mask of this head
+  // to that of another, in elements.
   __device__ bool visible(int i, int j, int64_t dense_offset = 0) const {
     const int diagonal = j - i - offset;
     if (i >= queries || j >= keys || diagonal < -left || diagonal > right) return false;
     if (q_seg != nullptr && q_seg[i] != kv_seg[j]) return false;
-    return dense == nullptr || dense[dense_offset + i * stride_t + j * stride_s] != 0;
+    return dense == nullptr || state_all == 1 || dense[dense_offset + i * stride_t + j * stride_s] != 0;
   }
 
-  // Whether bounds and window alone decide.
-  __device__ bool spans_only() const { return q_seg == nullptr && dense == nullptr; }
+  // Whether bounds and window alone decide within such a tile.
+  __device__ bool spans_only() const { return q_seg == nullptr && (dense == nullptr || state_all == 1); }
+
 
   // The keys that bounds and window leave to query i.
   __device__ Span keys_of(int i) const {
@@ -141,11 +148,11 @@ struct Mask {
   }
 
   // Tiles of kMaskTile keys, [first, end), of which view(query, rows, .) is kAll for all that bounds and window
-  // say; none where segments or a dense mask have a say.
+  // say; none where segments or a mask have a say.
   __device__ void whole_tiles(int query, int rows, int& first, int& end) const {
     const int last = min(query + rows, queries) - 1;
     first = end = 0;
-    if (!spans_only() || query > last) return;
+    if (!spans_only() || state != nullptr || query > last) return;
     first = (max(0, last + offset - left) + kMaskTile - 1) / kMaskTile;
     end = max(0, min(keys, query + offset + right + 1)) / kMaskTile;
   }
@@ -153,7 +160,7 @@ struct Mask {
   // Tiles of kMaskTile queries, [first, end), of which view(., kMaskTile, key) is kAll in the same way.
   __device__ void whole_query_tiles(int key, int& first, int& end) const {
     first = end = 0;
-    if (!spans_only() || key + kMaskTile > keys) return;
+    if (!spans_only() || state != nullptr || key + kMaskTile > keys) return;
     first = (max(0, key + kMaskTile - 1 - offset - right) + kMaskTile - 1) / kMaskTile;
     end = max(0, min(queries, key - offset + left + 1)) / kMaskTile;
   }
@@ -200,7 +207,7 @@ struct Mask {
         const uint8_t s = state[state_offset + static_cast<int64_t>(row) * state_stride_t +
                                 static_cast<int64_t>(column) * state_stride_s];
         nothing = nothing && s == static_cast<uint8_t>(TileView::kNothing);
-        all = all && s == static_cast<uint8_t>(TileView::kAll);
+        all = all && s == state_all;
       }
       if (nothing) return TileView::kNothing;
     }
@@ -208,21 +215,8 @@ struct Mask {
   }
 };
 
-// Fills the summaries; nothing to launch where a call has neither segments nor a dense mask.
+// Fills the summaries; nothing to launch where a call has neither segments nor a mask of pairs.
 const char* summarize_masks(const AttentionShape& shape, const MaskParams& masks, void* workspace,
                             Stream stream);
-
-// Which of the 32 values that a lane 4g + t holds of a tile 64 columns wide lie in the spans of its rows, g and
-// g + 8: bit 4n + c stands for row g + 8·(c/2) and column 8n + 2t + c%2. The tile begins at column `first`.
-__device__ __forceinline__ uint32_t seen_in_spans(const Span& upper, const Span& lower, int first) {
-  const int column = first + 2 * (static_cast<int>(threadIdx.x) % 4);
-  uint32_t seen = 0;
-#pragma unroll
-  for (int bit = 0; bit < 32; ++bit) {
-    const Span& span = bit & 2 ? lower : upper;
-    seen |= (span.contains(column + bit / 4 * 8 + (bit & 1)) ? 1u : 0u) << bit;
-  }
-  return seen;
-}
 
 }  // namespace sage

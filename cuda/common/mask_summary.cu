@@ -89,7 +89,7 @@ const char* summarize_masks(const AttentionShape& shape, const MaskParams& masks
         static_cast<int64_t>(shape.batch) * (mask_tiles(shape.queries) + mask_tiles(shape.keys));
     error = launch(segment_ranges, blocks_for(tiles, kWarps), kThreads, 0, stream, params);
   }
-  if (masks.mask != nullptr && error == nullptr) {
+  if (masks.mask != nullptr && masks.mask_tile == 1 && error == nullptr) {
     const int64_t tiles = static_cast<int64_t>(masks.mask_sizes[0]) * masks.mask_sizes[1] *
                           mask_tiles(masks.mask_sizes[2]) * mask_tiles(masks.mask_sizes[3]);
     error = launch(dense_states, blocks_for(tiles, kWarps), kThreads, 0, stream, params);

@@ -37,6 +37,7 @@ struct MaskParams {
   int mask_sizes[4];        // the sizes of its axes
   int window_left;          // 2^30: open
   int window_right;
+  int mask_tile;            // queries and keys that an entry of the mask stands for, which then has T64 and S64 of them: 1, or 64
 };
 
 struct QuantizeKvParams {

@@ -119,7 +119,7 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
                           Arg v_pv, Arg v_scale, Arg v_mean, Arg bounds, Arg q_seg, Arg kv_seg,
                           Arg mask, Arg bias, Out out, Out lse, Out m, Out l, Out workspace,
                           int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
-                          int64_t window_right) {
+                          int64_t window_right, int32_t mask_tile) {
   Check check("sage_jax_attend");
   check.require(pv >= 0 && pv <= 3, "pv must be 0 to 3");
   if (check.failed()) return check.result();
@@ -141,7 +141,7 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
   AttendParams params = {};
   params.shape = shape;
   params.masks =
-      mask_params(check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right}, shape);
+      mask_params(check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right, mask_tile}, shape);
   params.pv = static_cast<PvFormat>(pv);
   params.f16_accumulate = f16_accumulate != 0;
   params.scale = scale;
@@ -170,7 +170,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
                                    Arg l, Arg out, Arg dout, Arg dlse, Arg bounds, Arg q_seg, Arg kv_seg,
                                    Arg mask, Arg bias, Out dq, Out dk, Out dv, Out dlogits, Out workspace,
                                    int32_t backward, int32_t dp, int32_t exact_delta,
-                                   int32_t deterministic, float scale, int64_t window_left, int64_t window_right) {
+                                   int32_t deterministic, float scale, int64_t window_left, int64_t window_right, int32_t mask_tile) {
   Check check("sage_jax_attend_backward");
   check.require(backward == 0 || backward == 1, "backward must be 0 (train8) or 1 (sagebwd)");
   check.require(dp == 2 || (dp == 1 && backward == 0),
@@ -198,7 +198,7 @@ ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, A
   BackwardParams params = {};
   params.shape = shape;
   params.masks =
-      mask_params(check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right}, shape);
+      mask_params(check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right, mask_tile}, shape);
   params.backward = static_cast<Backward>(backward);
   params.dp = static_cast<DpFormat>(dp);
   params.exact_delta = exact_delta != 0;
@@ -256,7 +256,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendCuda, sage::attend_handler,
                                    .Attr<int32_t>("f16_accumulate")
                                    .Attr<float>("scale")
                                    .Attr<int64_t>("window_left")
-                                   .Attr<int64_t>("window_right")),
+                                   .Attr<int64_t>("window_right")
+                                   .Attr<int32_t>("mask_tile")),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendBackwardCuda, sage::attend_backward_handler,
@@ -267,5 +268,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendBackwardCuda, sage::attend_backward_hand
                                    .Attr<int32_t>("deterministic")
                                    .Attr<float>("scale")
                                    .Attr<int64_t>("window_left")
-                                   .Attr<int64_t>("window_right")),
+                                   .Attr<int64_t>("window_right")
+                                   .Attr<int32_t>("mask_tile")),
                               {xla::ffi::Traits::kCmdBufferCompatible});

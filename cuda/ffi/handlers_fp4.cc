@@ -113,7 +113,7 @@ ffi::Error attend_handler(Stream stream, Arg q4, Arg q_scale, Arg q_tensor, Arg 
                           Arg k4, Arg k_scale, Arg k_tensor, Arg v4, Arg v_scale, Arg v_tensor,
                           Arg v_mean, Arg bounds, Arg q_seg, Arg kv_seg, Arg mask, Arg bias, Out out,
                           Out lse, Out workspace, float scale, int64_t window_left,
-                          int64_t window_right) {
+                          int64_t window_right, int32_t mask_tile) {
   Check check("sage_jax_attend_fp4");
   const int64_t B = axis(q4, 0), N = axis(q4, 1), T = axis(q4, 2), Hp = 2 * axis(q4, 3);
   const int64_t K = axis(k4, 1), S = axis(k4, 2), H = axis(*out, 3), T128 = (T + 127) / 128;
@@ -134,7 +134,7 @@ ffi::Error attend_handler(Stream stream, Arg q4, Arg q_scale, Arg q_tensor, Arg 
   AttendFp4Params params = {};
   params.shape = {int(B), int(T), int(S), int(N), int(K), int(H), int(Hp)};
   params.masks = mask_params(
-      check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right}, params.shape);
+      check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right, mask_tile}, params.shape);
   params.scale = scale;
   params.q4 = data<const uint8_t>(q4);
   params.q_scale = data<const uint8_t>(q_scale);
@@ -179,5 +179,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendFp4Cuda, sage::attend_handler,
                               (sage::bind<17, 3>()
                                    .Attr<float>("scale")
                                    .Attr<int64_t>("window_left")
-                                   .Attr<int64_t>("window_right")),
+                                   .Attr<int64_t>("window_right")
+                                   .Attr<int32_t>("mask_tile")),
                               {xla::ffi::Traits::kCmdBufferCompatible});

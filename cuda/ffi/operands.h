@@ -1,6 +1,7 @@
 // What the handlers of 8-bit and of FP4 operations share: masks, workspaces, bindings.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -22,10 +23,14 @@ inline ffi::Error finish(const char* operation, const char* error) {
 struct MaskOperands {
   Arg bounds, q_seg, kv_seg, mask, bias;
   int64_t window_left, window_right;
+  int32_t mask_tile;
 };
 
 inline MaskParams mask_params(Check& check, const MaskOperands& given, const AttentionShape& shape) {
   const bool segments = given.q_seg.element_count() > 0 && given.kv_seg.element_count() > 0;
+  check.require(segments || (given.q_seg.element_count() == 0 && given.kv_seg.element_count() == 0) ||
+                    shape.batch == 0 || shape.queries == 0 || shape.keys == 0,
+                "q_seg and kv_seg must be given together");
   check.buffer("bounds", given.bounds, {shape.batch, 3}, {DataType::S32});
   if (segments) {
     check.buffer("q_seg", given.q_seg, {shape.batch, shape.queries}, {DataType::S32});
@@ -38,11 +43,15 @@ inline MaskParams mask_params(Check& check, const MaskOperands& given, const Att
   masks.bounds = data<const int32_t>(given.bounds);
   masks.q_seg = segments ? data<const int32_t>(given.q_seg) : nullptr;
   masks.kv_seg = segments ? data<const int32_t>(given.kv_seg) : nullptr;
-  masks.window_left = static_cast<int>(given.window_left);
-  masks.window_right = static_cast<int>(given.window_right);
-  if (given.mask.element_count() == 0) return masks;
+  constexpr int64_t kOpen = int64_t{1} << 30;  // and its negative excludes everything
+  masks.window_left = static_cast<int>(std::clamp(given.window_left, -kOpen, kOpen));
+  masks.window_right = static_cast<int>(std::clamp(given.window_right, -kOpen, kOpen));
+  masks.mask_tile = given.mask_tile;
+  check.require(given.mask_tile == 1 || given.mask_tile == 64, "mask_tile must be 1 or 64");
+  if (given.mask.element_count() == 0 || check.failed()) return masks;
 
-  const int full[4] = {shape.batch, shape.heads, shape.queries, shape.keys};
+  const int tile = given.mask_tile;
+  const int full[4] = {shape.batch, shape.heads, (shape.queries + tile - 1) / tile, (shape.keys + tile - 1) / tile};
   masks.mask = data<const uint8_t>(given.mask);
   int64_t stride = 1;
   Shape wanted(4);

@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
     }
     int level = 0;
     for (; visit >> level & 1; ++level) sum += shared.partial[level][threadIdx.x];
-    shared.partial[level][threadIdx.x] = sum;
+    if (visit + 1 < walk.count()) shared.partial[level][threadIdx.x] = sum;  // the last is of the whole strand
   }
 
   const Statistics out(p.shape, p.workspace);

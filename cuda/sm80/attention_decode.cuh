@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/decode.h"
+#include "common/seen.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "quantize/rows.cuh"
 #include "sm80/attention_fwd.cuh"

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "common/launch.h"
-#include "common/mask.cuh"
+#include "common/seen.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
 #include "sm80/backward_scores.cuh"
@@ -112,8 +112,8 @@ __device__ __forceinline__ uint32_t sound_keys(const int8_t* codes, int rows) {
   return bits;
 }
 
-// The lane's values of a tile that count, for rows = keys: bit 4n + c.
-__device__ __forceinline__ uint32_t seen_of_keys(const Mask& mask, int key, int query) {
+// The same as seen_of_keys, in fewer registers: at head dimension 256 that spills on sm_120.
+__device__ __forceinline__ uint32_t seen_pair_by_pair(const Mask& mask, int key, int query) {
   const int lane = ptx::opaque(threadIdx.x) % kWarpSize;
   uint32_t seen = 0;
 #pragma unroll 1
@@ -251,7 +251,15 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         seen = sound_keys<kHeadDim>(
             p.k8 + (static_cast<int64_t>(plan.block.kv_plane) * s.keys + key) * kHeadDim, s.keys - key);
       }
-      if (view == TileView::kSome) seen &= seen_of_keys(mask_of(at.head), key, query);
+      if (view == TileView::kSome) {
+        if constexpr (kHeadDim == 256) {
+          seen &= seen_pair_by_pair(mask_of(at.head), key, query);
+        } else {
+          const bool sound[2] = {true, true};  // `seen` knows
+          seen &= seen_of_keys(mask_of(at.head), key + ptx::opaque(threadIdx.x) % kWarpSize / 4, query, sound,
+                               ptx::opaque(threadIdx.x) % 4);
+        }
+      }
       const auto* terms = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt);
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
@@ -358,8 +366,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         x[i] = dv[n][2 * r + i] * (kShare * gradient_scale<Recipe>(p.w.x_max, scale_at));
         y[i] = dk[n][2 * r + i] * (p.scale * kShare * gradient_scale<Recipe>(p.w.y_max, scale_at));
       }
-      store_pair(p.dv, p.dv_dtype, out, c, s.head_dim, x[0], x[1]);
-      store_pair(p.dk, p.dk_dtype, out, c, s.head_dim, y[0], y[1]);
+      store_channels(p.dv, p.dv_dtype, out, c, s.head_dim, x[0], x[1]);
+      store_channels(p.dk, p.dk_dtype, out, c, s.head_dim, y[0], y[1]);
     }
   }
 }

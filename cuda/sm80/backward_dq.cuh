@@ -7,7 +7,7 @@
 #pragma once
 
 #include "common/launch.h"
-#include "common/mask.cuh"
+#include "common/seen.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/shared.cuh"
 #include "sm80/backward_scores.cuh"
@@ -94,29 +94,6 @@ struct DqConfig {
 };
 
 // ------------------------------------------------------------------------------------------ pieces
-
-// The lane's values of a tile that count, for rows = queries: bit 4n + c.
-template <class KeyTile>
-__device__ __forceinline__ uint32_t seen_of_queries(const Mask& mask, int query, int key,
-                                                 const unsigned char* key_codes, bool any_bad) {
-  const int lane = ptx::opaque(threadIdx.x) % kWarpSize;
-  if (!any_bad && mask.spans_only()) {
-    const int i = query + lane / 4;
-    return seen_in_spans(mask.keys_of(i), mask.keys_of(i + 8), key);
-  }
-  uint32_t seen = 0;
-#pragma unroll 1
-  for (int bit = 0; bit < 32; ++bit) {
-    const int i = query + lane / 4 + (bit & 2) * 4;
-    const int j = bit / 4 * 8 + lane % 4 * 2 + (bit & 1);
-    bool counts = mask.visible(i, key + j);
-    if (any_bad) {
-      counts = counts && static_cast<int8_t>(key_codes[KeyTile::offset(j, 0)]) != kBadCode;
-    }
-    seen |= (counts ? 1u : 0u) << bit;
-  }
-  return seen;
-}
 
 // The tile loop that dQ and D share. `Body` is called with each tile's scores in two halves.
 template <class Config>
@@ -241,8 +218,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
                                    with_key_scales(row_terms[8], now.k, now.v)};
       if (view == TileView::kSome || now.any_bad) {
         seen = seen_of_queries<typename Config::KeyTile>(
-            mask, block.first + warp_row, key,
-            shared + Config::kRingAt + stage * Config::kStageBytes, now.any_bad);
+            mask, block.first + warp_row + ptx::opaque(threadIdx.x) % kWarpSize / 4, key, now.any_bad,
+            shared + Config::kRingAt + stage * Config::kStageBytes, ptx::opaque(threadIdx.x) % 4);
       }
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
@@ -324,7 +301,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
         x[c] = fmaf(dq[n][2 * r + c], factor * gradient_scale<Recipe>(p.k_max, at),
                     dlse * p.k_mean[at]);
       }
-      store_pair(p.dq, p.dq_dtype, out, channel, p.shape.head_dim, x[0], x[1]);
+      store_channels(p.dq, p.dq_dtype, out, channel, p.shape.head_dim, x[0], x[1]);
     }
   }
 }
@@ -376,14 +353,13 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     if (view != TileView::kNothing && block.first + warp_row < block.queries) {
       uint32_t seen = kAllSeen;
       if (view == TileView::kSome || scales.any_bad) {
-        seen = seen_of_queries<typename Config::KeyTile>(mask, block.first + warp_row, key,
-                                                         shared + stage_at, scales.any_bad);
+        seen = seen_of_queries<typename Config::KeyTile>(mask, block.first + warp_row + lane / 4, key, scales.any_bad,
+                                                         shared + stage_at, lane % 4);
       }
       QueryTerms terms[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        terms[r] = with_key_scales(row_terms[8 * r], scales.k, 1.0f);
-        terms[r].gain = scales.v;
+        terms[r] = with_key_scales(row_terms[8 * r], scales.k, scales.v);
         terms[r].offset = 0.0f;
       }
 #pragma unroll
@@ -420,9 +396,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     if (lane % 4 != 0 || query >= block.queries) continue;
     const float l = p.l[static_cast<int64_t>(block.plane) * block.queries + query];
     const QueryTerms terms = p.w.terms[block.padded_row + in_block];
-    // e carries train8's factor 256; dO's scale and 1/r are in the row's gain.
-    const float factor = Config::Recipe::kTileScales ? terms.gain * terms.gain
-                                                     : terms.gain / (256.0f * l);
+    // The row's gain is in the products. e carries train8's factor 256; sagebwd's gain is 1/l.
+    const float factor = Config::Recipe::kTileScales ? terms.gain : 1.0f / (256.0f * l);
     if (l != 0.0f) p.w.terms[block.padded_row + in_block].offset = terms.offset - total * factor;
   }
 }

@@ -57,7 +57,7 @@ const char* start(const BackwardCall& p, Stream stream) {
   }
   run(train8 ? query_terms<kHeadDim, Piece, true> : query_terms<kHeadDim, Piece, false>,
       shares_of(places * kTermsBlocks<kHeadDim>, q_tiles, q_planes), 0);
-  const int64_t room = places * (train8 ? kOperandsBlocks<kHeadDim, true> : kOperandsBlocks<kHeadDim, false>);
+  const int64_t room = places * operands_blocks(kHeadDim, train8, device_architecture());
   run(train8 ? gradient_operands<kHeadDim, Piece, true> : gradient_operands<kHeadDim, Piece, false>,
       shares_of(room, q_tiles, q_planes), shares_of(room, kv_tiles, kv_planes));
   return error;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/scale.cuh"
+#include "common/store.cuh"
 #include "common/tile.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma_sync.cuh"
@@ -324,29 +325,6 @@ __device__ __forceinline__ float gradient_scale(const float* maxima, int64_t cha
     return group_scale(maxima[channel], 448.0f).scale *
            (1.0f / Recipe::Products::kProductScale);
   }
-}
-
-// Writes channels c and c + 1 of a gradient row; `row` points at channel 0's index.
-__device__ __forceinline__ void store_pair(void* base, Dtype type, int64_t row, int c, int head_dim,
-                                           float first, float second) {
-  const int64_t index = row + c;
-  const bool both = c + 1 < head_dim;
-  if (c >= head_dim) return;
-  if (type == Dtype::kF32) {
-    float* out = static_cast<float*>(base) + index;
-    out[0] = first;
-    if (both) out[1] = second;
-    return;
-  }
-  const uint32_t pair = type == Dtype::kBf16 ? ptx::cvt_bf16x2_f32(first, second)
-                                             : ptx::cvt_f16x2_f32(first, second);
-  auto* out = static_cast<uint16_t*>(base) + index;
-  if (both && index % 2 == 0) {
-    *reinterpret_cast<uint32_t*>(out) = pair;
-    return;
-  }
-  out[0] = static_cast<uint16_t>(pair);
-  if (both) out[1] = static_cast<uint16_t>(pair >> 16);
 }
 
 }  // namespace sage::sm80

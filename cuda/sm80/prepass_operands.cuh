@@ -6,13 +6,15 @@
 
 namespace sage::prepass {
 
-#if __CUDA_ARCH__ >= 890
-inline constexpr bool kFewRegisters = true;
+// Blocks of a multiprocessor. Before sm_89 conversions to e4m3 take more registers.
+__host__ __device__ constexpr int operands_blocks(int head_dim, bool train8, int architecture) {
+  return (train8 && architecture >= 89 && head_dim < 256 ? 384 : 256) / head_dim;
+}
+#ifdef __CUDA_ARCH__
+inline constexpr int kCompiledArchitecture = __CUDA_ARCH__ / 10;
 #else
-inline constexpr bool kFewRegisters = false;  // conversions to e4m3 take more of them
+inline constexpr int kCompiledArchitecture = 0;  // the host asks its device
 #endif
-template <int kHeadDim, bool kTrain8>  // of a multiprocessor
-inline constexpr int kOperandsBlocks = (kTrain8 && kFewRegisters && kHeadDim < 256 ? 384 : 256) / kHeadDim;
 
 // The thread's four tokens of a tile: those that `pi` stores as one word of a channel (docs/abi.md,
 // "Rounding"): 2q, 2q + 1, 8 + 2q, 9 + 2q of a group of 16.
@@ -205,7 +207,7 @@ __device__ void key_operands(const BackwardCall& p, const HeadShare& at, Operand
 
 // Every block makes x and y of its share of the queries, then z of its share of the keys.
 template <int kHeadDim, class Piece, bool kTrain8>
-__global__ void __launch_bounds__(2 * kHeadDim, kOperandsBlocks<kHeadDim, kTrain8>)
+__global__ void __launch_bounds__(2 * kHeadDim, operands_blocks(kHeadDim, kTrain8, kCompiledArchitecture))
     gradient_operands(const PrepassCall call) {
   __shared__ OperandsShared<kHeadDim> shared;
   const BackwardCall& p = call.p;

@@ -12,6 +12,7 @@
 
 #include "common/mask.cuh"
 #include "common/scale.cuh"
+#include "common/seen.cuh"
 #include "common/tile.cuh"
 #include "numerics/int8.h"
 #include "ptx/bulk_tensor.cuh"
@@ -46,7 +47,8 @@ struct GradientBlock {
   static constexpr int kLaunchRegisters = kGroups == 4 ? 96 : kGroups == 3 ? 128 : 168;  // the most that kThreads leave to each
   static_assert(kProducerRegisters + kGroups * kConsumerRegisters <= (kGroups + 1) * kLaunchRegisters,
                 "a block has the registers that it was launched with");
-  static constexpr int kHide = 1, kBadKeys = 16, kStop = 64;  // flags of notes; kHide << group
+  // Flags of notes; kHide << group, kNone << group: its rows see nothing of the tile.
+  static constexpr int kHide = 1, kBadKeys = 16, kStop = 64, kNone = 256;
   static constexpr int kHideAll = (kHide << kGroups) - kHide;
   static_assert(kHideAll < kBadKeys, "each flag has a bit of its own");
 };

@@ -30,20 +30,11 @@ __device__ __forceinline__ void add_products(float (&sums)[2], const int (&s)[kG
 template <class Config>
 __device__ __forceinline__ void compute_delta(const DqCall& call, unsigned char* shared, int group, int turn, int& stage,
                                               uint32_t& phase) {
-  constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
-  const uint32_t base = ptx::shared_address(shared), units = base / 16;
-  const GradientBarriers barriers = Config::barriers(base);
-  const auto& slot = Config::slot(shared, turn);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
-
-  ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
-  QueryTerms terms[2];  // of rows g and g + 8
-  read_terms<Config>(terms, shared, warp_row + lane / 4, p.shape.queries - slot.row);
+  const QueryTurn<Config> at(call, shared, group, turn);
+  const uint32_t base = at.base;
   int s[kGradientValues], d[kGradientValues];
   float sum[2] = {};
-  const uint32_t queries = units + group * 64 * kHeadDim / 16;
 
   while (true) {
     ptx::mbarrier_wait(base + Config::full(stage), phase);
@@ -51,27 +42,21 @@ __device__ __forceinline__ void compute_delta(const DqCall& call, unsigned char*
     const bool stops = ptx::uniform(note.flags) & Config::kStop;
     if (!stops) {
       const int stage_at = Config::kStagesAt + stage * Config::kStageBytes;
-      const uint32_t tile = units + stage_at / 16;
       ptx::wgmma_fence();
-      multiply_scores<kHeadDim>(s, queries, tile);
-      multiply_scores<kHeadDim>(d, queries + Config::kRowsBytes / 16, tile + Config::kTileBytes / 16);
+      at.multiply(s, d, base / 16 + stage_at / 16);
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<0>();
       ptx::keep_in_registers(s);
       ptx::keep_in_registers(d);
-      const Line score[2] = {{terms[0].score * note.scale[0], terms[0].shift},
-                             {terms[1].score * note.scale[0], terms[1].shift}};
+      const Line score[2] = {at.score_line(0, note), at.score_line(1, note)};
       float products[2] = {};
       if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
-        const uint32_t seen =
-            seen_by_queries<Config>(slot.mask, slot.row + warp_row + lane / 4, note.key * kGradientTile,
-                                    note.flags & Config::kBadKeys, shared + stage_at);
-        add_products<true>(products, s, d, score, seen);
+        add_products<true>(products, s, d, score, at.seen(note, group, shared + stage_at));
       } else {
         add_products<false>(products, s, d, score, 0);
       }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] = fmaf(products[r], note.scale[1], sum[r]);
+      for (int r = 0; r < 2; ++r) sum[r] = fmaf(products[r], at.terms[r].gain * note.scale[1], sum[r]);
     }
     release(base + Config::empty(stage));
     if (++stage == Config::kStages) {
@@ -80,20 +65,20 @@ __device__ __forceinline__ void compute_delta(const DqCall& call, unsigned char*
     }
     if (stops) break;
   }
-  release(barriers.rows_empty());
+  release(at.barriers.rows_empty());
 
   const int padded = tiles_of(p.shape.queries) * kTileQueries;
-  const int64_t plane = static_cast<int64_t>(slot.b) * p.shape.heads + slot.head;
-  const int row = slot.row + warp_row + lane / 4;
-  ptx::mbarrier_arrive(barriers.slot_empty(turn % kGradientSlots));
+  const int64_t plane = static_cast<int64_t>(at.slot.b) * p.shape.heads + at.slot.head;
+  const int row = at.slot.row + at.row;
+  ptx::mbarrier_arrive(at.barriers.slot_empty(turn % kGradientSlots));
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int query = row + 8 * r;
     const float total = quad_sum(sum[r]);
-    if (lane % 4 != 0 || query >= p.shape.queries) continue;
+    if (threadIdx.x % 4 != 0 || query >= p.shape.queries) continue;
     const float l = p.l[plane * p.shape.queries + query];
-    // e carries train8's factor 256; dO's scale and 1/r are in the row's gain.
-    if (l != 0.0f) p.w.terms[plane * padded + query].offset = terms[r].offset - total * terms[r].gain / (256.0f * l);
+    // dO's scale and 1/r, the row's gain, are in the sum already, so that it stays finite; e carries train8's factor 256.
+    if (l != 0.0f) p.w.terms[plane * padded + query].offset = at.terms[r].offset - total / (256.0f * l);
   }
 }
 

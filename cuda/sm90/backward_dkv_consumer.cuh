@@ -6,31 +6,6 @@
 
 namespace sage::sm90 {
 
-// Which of a thread's values count; `codes` is the first code of the row of key `key`.
-template <class Config>
-__device__ __forceinline__ uint32_t seen_by_keys(const Mask& mask, const MaskOffsets& offsets,
-                                                 int key, int query, const unsigned char* upper_code,
-                                                 const unsigned char* lower_code) {
-  const bool sound[2] = {static_cast<int8_t>(*upper_code) != kBadCode,
-                         static_cast<int8_t>(*lower_code) != kBadCode};
-  if (mask.spans_only()) {
-    Span upper = mask.queries_of(key), lower = mask.queries_of(key + 8);
-    upper.count = sound[0] ? upper.count : 0;
-    lower.count = sound[1] ? lower.count : 0;
-    return seen_in_spans(upper, lower, query);
-  }
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  uint32_t seen = 0;
-#pragma unroll 1
-  for (int i = kGradientValues - 1; i >= 0; --i) {
-    const int column = i / 4 * 8 + 2 * t + (i & 1), r = i >> 1 & 1;
-    const bool counts = (r == 0 ? sound[0] : sound[1]) &&
-                        mask.visible(query + column, key + 8 * r, offsets.dense);
-    seen = seen << 1 | (counts ? 1u : 0u);
-  }
-  return seen;
-}
-
 // What a consumer warp remembers from one block of rows to the next.
 struct DkvProgress {
   uint32_t notes;  // so far
@@ -136,10 +111,13 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       const auto& slot = Config::slot(shared, turn);
       const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
       const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
-      const uint32_t seen = seen_by_keys<Config>(
-          slot.mask, MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))),
-          slot.row + upper, from_lane_0(note.key) * kGradientTile,
-          codes + Rows::offset(upper, 0), codes + Rows::offset(upper + 8, 0));
+      const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
+                             static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
+      uint32_t seen = 0;
+      if (!(flags & (Config::kNone << group))) {
+        seen = seen_of_keys(slot.mask, slot.row + upper, from_lane_0(note.key) * kGradientTile, sound, t,
+                            MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))).dense);
+      }
       hide_codes(p_operand, seen);
       hide_codes(g_operand, seen);
     }

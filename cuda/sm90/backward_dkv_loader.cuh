@@ -122,6 +122,7 @@ __device__ __forceinline__ void copy_queries(const DkvCall& call, unsigned char*
                                                MaskOffsets(p, ptx::opaque(head)).state);
           visible = visible || view != TileView::kNothing;
           if (view != TileView::kAll) note.flags |= Config::kHide << group;
+          if (view == TileView::kNothing) note.flags |= Config::kNone << group;
         }
         return visible;
       };

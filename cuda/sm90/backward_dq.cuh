@@ -42,6 +42,7 @@ struct DqConfig : Block_ {
   // --------------------------------------------------------------------------- shared-memory map
   // Q [kRows][kHeadDim] | dO [kRows][kHeadDim] | kStages × { K | V [64][kHeadDim], z [kHeadDim][64] }
   //   | exact sums of each warp; outputs | terms of the rows | notes | slots | barriers
+  // kOnlyDelta: stages without z, no sums, no outputs.
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
   static constexpr int kStageBytes = (kOnlyDelta ? 2 : 3) * kTileBytes;
@@ -150,6 +151,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
         const TileView view = slot.mask.view(slot.row + 64 * group, 64, note.key * kGradientTile);
         visible = visible || view != TileView::kNothing;
         if (view != TileView::kAll) note.flags |= Config::kHide << group;
+        if (view == TileView::kNothing) note.flags |= Config::kNone << group;
       }
       if (!visible) return false;
       const float k = k_scale[note.key];
@@ -166,28 +168,6 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
   }
 }
 
-// Which of a thread's values count.
-template <class Config>
-__device__ __forceinline__ uint32_t seen_by_queries(const Mask& mask, int query, int key,
-                                                    bool bad_keys, const unsigned char* tile) {
-  if (!bad_keys && mask.spans_only()) {
-    return seen_in_spans(mask.keys_of(query), mask.keys_of(query + 8), key);
-  }
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  uint32_t seen = 0;
-#pragma unroll 1
-  for (int i = kGradientValues - 1; i >= 0; --i) {
-    const int column = i / 4 * 8 + 2 * t + (i & 1);
-    bool counts = mask.visible(query + (i >> 1 & 1) * 8, key + column);
-    if (counts && bad_keys) {
-      const int at = SharedTile<8, Config::kHeadDim>::offset(column, 0);
-      counts = static_cast<int8_t>(tile[at]) != kBadCode;
-    }
-    seen = seen << 1 | (counts ? 1u : 0u);
-  }
-  return seen;
-}
-
 // Terms of rows `within` and `within` + 8 of the block; those behind the last query count for nothing.
 template <class Config>
 __device__ __forceinline__ void read_terms(QueryTerms (&terms)[2], const unsigned char* shared, int within, int queries) {
@@ -200,36 +180,64 @@ __device__ __forceinline__ void read_terms(QueryTerms (&terms)[2], const unsigne
   }
 }
 
+// A warpgroup's view of the rows of the slot of `turn`, from when they are there; a thread has shares of rows `row` and
+// row + 8 of the block.
+template <class Config>
+struct QueryTurn {
+  const uint32_t base;
+  const GradientBarriers barriers;
+  const typename Config::Slot& slot;
+  const int row;
+  const uint32_t queries;  // of the warpgroup, in 16-byte units; dO lies kRowsBytes further
+  QueryTerms terms[2];
+
+  __device__ __forceinline__ QueryTurn(const DqCall& call, unsigned char* shared, int group, int turn)
+      : base(ptx::shared_address(shared)),
+        barriers(Config::barriers(base)),
+        slot(Config::slot(shared, turn)),
+        row(64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16 + static_cast<int>(threadIdx.x) % kWarpSize / 4),
+        queries(base / 16 + group * 64 * Config::kHeadDim / 16) {
+    ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
+    read_terms<Config>(terms, shared, row, call.p.shape.queries - slot.row);
+  }
+  // Issues Q·Kᵀ and dO·Vᵀ with the tile of keys at `tile`, in 16-byte units.
+  __device__ __forceinline__ void multiply(int (&s)[kGradientValues], int (&d)[kGradientValues], uint32_t tile) const {
+    multiply_scores<Config::kHeadDim>(s, queries, tile);
+    multiply_scores<Config::kHeadDim>(d, queries + Config::kRowsBytes / 16, tile + Config::kTileBytes / 16);
+  }
+  // Which of the thread's values of a tile count; `keys` are the codes of its keys.
+  __device__ __forceinline__ uint32_t seen(const TileNote& note, int group, const unsigned char* keys) const {
+    if (note.flags & (Config::kNone << group)) return 0;
+    return seen_of_queries<SharedTile<8, Config::kHeadDim>>(slot.mask, slot.row + row, note.key * kGradientTile,
+                                                            note.flags & Config::kBadKeys, keys, threadIdx.x % 4);
+  }
+  __device__ __forceinline__ Line score_line(int r, const TileNote& note) const {
+    return {terms[r].score * note.scale[0], terms[r].shift};
+  }
+};
+
 // dQ of the rows of the slot of `turn`; `stage` and `phase` are of the next note.
 template <class Config>
 __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* shared, int group, int turn, int& stage,
                                            uint32_t& phase) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
-  const uint32_t base = ptx::shared_address(shared), units = base / 16;
-  const GradientBarriers barriers = Config::barriers(base);
-  const auto& slot = Config::slot(shared, turn);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-  const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
-  unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * Config::kWarpBytes;
-
-  ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
-  QueryTerms terms[2];  // of rows g and g + 8
-  read_terms<Config>(terms, shared, warp_row + g, p.shape.queries - slot.row);
+  const QueryTurn<Config> at(call, shared, group, turn);
+  const auto& slot = at.slot;
+  const uint32_t base = at.base;
+  unsigned char* const region = shared + Config::kWarpsAt + at.row / 16 * Config::kWarpBytes;
   int s[kGradientValues], d[kGradientValues];
   float dq[kHeadDim / 2] = {};
   uint32_t operand[kGradientRegisters];
   int count = 0;  // tiles so far
-  const uint32_t queries = units + group * 64 * kHeadDim / 16;
 
   while (true) {
     ptx::mbarrier_wait(base + Config::full(stage), phase);
     const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
     if (ptx::uniform(note.flags) & Config::kStop) break;
-    const uint32_t tile = units + (Config::kStagesAt + stage * Config::kStageBytes) / 16;
+    const uint32_t tile = base / 16 + (Config::kStagesAt + stage * Config::kStageBytes) / 16;
     ptx::wgmma_fence();
-    multiply_scores<kHeadDim>(s, queries, tile);
-    multiply_scores<kHeadDim>(d, queries + Config::kRowsBytes / 16, tile + Config::kTileBytes / 16);
+    at.multiply(s, d, tile);
     ptx::wgmma_commit_group();
     ptx::wgmma_wait_group<0>();  // and dQ's product of the tile before
     ptx::keep_in_registers(s);
@@ -241,10 +249,9 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
       add_exactly(region, dq, count == kExactTiles);
     }
 
-    const Line score[2] = {{terms[0].score * note.scale[0], terms[0].shift},
-                           {terms[1].score * note.scale[0], terms[1].shift}};
-    const Line gradient[2] = {{terms[0].gain * note.scale[1], terms[0].offset},
-                              {terms[1].gain * note.scale[1], terms[1].offset}};
+    const Line score[2] = {at.score_line(0, note), at.score_line(1, note)};
+    const Line gradient[2] = {{at.terms[0].gain * note.scale[1], at.terms[0].offset},
+                              {at.terms[1].gain * note.scale[1], at.terms[1].offset}};
 #pragma unroll
     for (int c = 0; c < kGradientValues / 8; ++c) {
       float x[8];
@@ -256,10 +263,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
       E4m3Values::pack(operand + 2 * c, x);
     }
     if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
-      hide_codes(operand, seen_by_queries<Config>(
-                              slot.mask, slot.row + warp_row + g, note.key * kGradientTile,
-                              note.flags & Config::kBadKeys,
-                              shared + Config::kStagesAt + stage * Config::kStageBytes));
+      hide_codes(operand, at.seen(note, group, shared + Config::kStagesAt + stage * Config::kStageBytes));
     }
     ptx::keep_in_registers(operand);
     ptx::wgmma_fence();
@@ -273,11 +277,11 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   }
 
   // --------------------------------------------------------------------------------------- epilogue
-  const int b = slot.b, n = slot.head, row = slot.row + warp_row, kv_plane = slot.kv_plane;
+  const int b = slot.b, n = slot.head, row = slot.row + at.row / 16 * 16, kv_plane = slot.kv_plane;
   float factor[2], dlse[2];  // of rows; fetched early
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int query = row + g + 8 * r;
+    const int query = slot.row + at.row + 8 * r;
     const bool inside = query < p.shape.queries;
     const int64_t plane = static_cast<int64_t>(b) * p.shape.heads + n, at = plane * p.shape.queries + query;
     factor[r] = inside ? p.w.row_factor[plane * tiles_of(p.shape.queries) * kTileQueries + query] : 0.0f;
@@ -285,7 +289,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   }
   ptx::wgmma_wait_group<0>();
   ptx::keep_in_registers(dq);
-  release(barriers.rows_empty());
+  release(at.barriers.rows_empty());
   // The note that ends the tiles, and the tile before.
   if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
   release(base + Config::empty(stage));
@@ -295,16 +299,16 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   }
   wait_for_sent_tiles();
   collect(region, dq, count > kExactTiles);
-  const auto* const pairs = reinterpret_cast<const float2*>(slot.factor) + t;
+  const auto* const pairs = reinterpret_cast<const float2*>(slot.factor) + threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) {
     const float2 scale = pairs[i / 4 * 4];
     dq[i] *= factor[i >> 1 & 1] * (i % 2 == 0 ? scale.x : scale.y);
   }
-  ptx::mbarrier_arrive(barriers.slot_empty(turn % kGradientSlots));
+  ptx::mbarrier_arrive(at.barriers.slot_empty(turn % kGradientSlots));
   if (__any_sync(kFullWarp, dlse[0] != 0.0f || dlse[1] != 0.0f)) {
     const auto* const means =
-        reinterpret_cast<const float2*>(p.k_mean + static_cast<int64_t>(kv_plane) * kHeadDim) + t;
+        reinterpret_cast<const float2*>(p.k_mean + static_cast<int64_t>(kv_plane) * kHeadDim) + threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
       const float2 mean = __ldg(means + i / 4 * 4);

@@ -1,4 +1,6 @@
 // train8 gradients on sm_90a by warpgroup-level products, where they fit; else by warp-level ones.
+#include <type_traits>
+
 #include "sm90/backward_delta.cuh"
 #include "sm90/backward_dkv.cuh"
 #include "sm90/backward_dq.cuh"
@@ -79,6 +81,13 @@ bool takes_wgmma(const BackwardParams& p) {
   return p.backward == Backward::kTrain8 && p.dp == DpFormat::kInt8 && !p.portable && !empty && s.padded_dim <= 128;
 }
 
+// f(the padded head dimension, as a constant), which is 64 or 128.
+template <class F>
+auto with_head_dim(const AttentionShape& s, const F& f) {
+  if (s.padded_dim == 64) return f(std::integral_constant<int, 64>());
+  return f(std::integral_constant<int, 128>());
+}
+
 }  // namespace
 
 void choose_way_sm90(BackwardCall& p) {
@@ -86,23 +95,17 @@ void choose_way_sm90(BackwardCall& p) {
   p.adds_dq = takes_wgmma(p) && !p.deterministic && s.head_dim == s.padded_dim && p.dq_dtype != Dtype::kF32 &&
               p.dk_dtype != Dtype::kF32 && p.dv_dtype != Dtype::kF32;
   if (!p.adds_dq) return;
-  p.cleared_heads = s.padded_dim == 64 ? sm90::heads_cleared_before<sm90::AtOnceConfig<64>>(s)
-                                       : sm90::heads_cleared_before<sm90::AtOnceConfig<128>>(s);
+  p.cleared_heads = with_head_dim(s, [&](auto dim) { return sm90::heads_cleared_before<sm90::AtOnceConfig<dim>>(s); });
 }
 
 const char* train8_gradients_sm90(const BackwardCall& p, Stream stream) {
   if (!takes_wgmma(p)) return train8_gradients_sm90_mma(p, stream);
-  if (p.exact_delta) {
-    const char* error = p.shape.padded_dim == 64 ? sm90::launch_delta<sm90::DeltaConfig<64>>(p, stream)
-                                                 : sm90::launch_delta<sm90::DeltaConfig<128>>(p, stream);
+  return with_head_dim(p.shape, [&](auto dim) {
+    const char* const error = p.exact_delta ? sm90::launch_delta<sm90::DeltaConfig<dim>>(p, stream) : nullptr;
     if (error != nullptr) return error;
-  }
-  if (p.adds_dq) {
-    return p.shape.padded_dim == 64 ? sm90::launch_at_once<sm90::AtOnceConfig<64>>(p, stream)
-                                    : sm90::launch_at_once<sm90::AtOnceConfig<128>>(p, stream);
-  }
-  return p.shape.padded_dim == 64 ? sm90::launch_gradients<sm90::GradientsConfig<64>>(p, stream)
-                                  : sm90::launch_gradients<sm90::GradientsConfig<128>>(p, stream);
+    if (p.adds_dq) return sm90::launch_at_once<sm90::AtOnceConfig<dim>>(p, stream);
+    return sm90::launch_gradients<sm90::GradientsConfig<dim>>(p, stream);
+  });
 }
 
 }  // namespace sage

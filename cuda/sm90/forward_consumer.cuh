@@ -64,9 +64,8 @@ class Consumer {
     while (true) {
       if (flags_ & (kHide << group_)) {
         const Slot& slot = Config::slots(shared_)[slot_];
-        hide<Config>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4,
-                       Config::notes(shared_)[stage_].key, flags_ & kBadKeys,
-                       shared_ + Config::keys(stage_), l_);
+        hide<Config>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4, Config::notes(shared_)[stage_].key,
+                     flags_ / (kNone << 2 * group_), flags_ & kBadKeys, shared_ + Config::keys(stage_), l_);
       }
       softmax(p0_);
       shrink();

@@ -12,16 +12,22 @@
 namespace sage::sm90 {
 
 // Replaces the scores that do not count by -inf, and poisons the rows that see a bad key.
-// `query` is the row of s[4n], s[4n + 1]; that of s[4n + 2], s[4n + 3] is query + 8.
+// `query` is the row of s[4n], s[4n + 1]; that of s[4n + 2], s[4n + 3] is query + 8. Bits 0 and 1 of `none`: no row sees any of
+// the first 64 keys, of the others.
 template <class Config>
 __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask, int query, int key,
-                                     bool bad_keys, const unsigned char* tile, float (&l)[2]) {
+                                     uint32_t none, bool bad_keys, const unsigned char* tile,
+                                     float (&l)[2]) {
   const int t = static_cast<int>(threadIdx.x) % 4;
   if (!bad_keys && mask.spans_only()) {
-    const Span seen[2] = {mask.keys_of(query), mask.keys_of(query + 8)};
 #pragma unroll
-    for (int i = 0; i < Config::kScores; ++i) {
-      s[i] = seen[i >> 1 & 1].contains(key + 2 * t + i / 4 * 8 + (i & 1)) ? s[i] : kNoScore;
+    for (int part = 0; part < Config::kScores; part += 32) {  // 64 keys
+      Span seen[2] = {mask.keys_of(query), mask.keys_of(query + 8)};
+      if (none >> part / 32 & 1u) seen[0].count = seen[1].count = 0;
+#pragma unroll
+      for (int i = part; i < part + 32; ++i) {
+        s[i] = seen[i >> 1 & 1].contains(key + 2 * t + i / 4 * 8 + (i & 1)) ? s[i] : kNoScore;
+      }
     }
     return;
   }
@@ -31,7 +37,7 @@ __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask
 #pragma unroll 1
     for (int i = 31; i >= 0; --i) {
       const int within = (part + i) / 4 * 8 + 2 * t + (i & 1), r = i >> 1 & 1;
-      bool counts = mask.visible(query + 8 * r, key + within);
+      bool counts = !(none >> part / 32 & 1u) && mask.visible(query + 8 * r, key + within);
       if (counts && bad_keys) {
         const auto code = static_cast<int8_t>(tile[SharedTile<8, Config::kHeadDim>::offset(within, 0)]);
         counts = code != kBadCode;

@@ -36,13 +36,17 @@ struct WorkSlot {
 struct alignas(16) TileNote {
   int key;         // its first; in the backward kernels, the tile's number
   uint32_t flags;  // see below
-  float scale[2];  // of its groups of 64 keys
+  // Of its groups of 64 keys; in backward_dq.cuh and backward_delta.cuh K's and V's of the tile; in backward_dkv.cuh the first is
+  // the head of the tile's queries, within its group, as bits.
+  float scale[2];
 };
-enum TileFlags : uint32_t {
+enum TileFlags : uint32_t {  // of the forward pass; the backward kernels': GradientBlock
   kHide = 1,       // some query of the first 64 rows does not see some key; of the others: kHide << 1, ...
   kBadKeys = 8,    // some key holds a NaN or Inf
   kEnds = 32,      // last tile of its row block
   kStop = 64,      // no tile: the stream has ended
+  // None of the first 64 rows sees any of the first 64 keys; of the other keys of 128: kNone << 1; of other rows: two bits each.
+  kNone = 256,
 };
 
 __device__ __forceinline__ TileNote note_of_lane(const TileNote& note, int lane) {
@@ -121,7 +125,7 @@ class Producer {
   __device__ void tiles(const typename Config::Slot& slot) {
     int first, end;
     slot.mask.key_tiles(slot.row, slot.row + Config::kRows, Config::kKeys, first, end);
-    TileNote held = {0, (kHide << Config::kGroups) - kHide, {0.0f, 0.0f}};
+    TileNote held = {0, (kHide << Config::kGroups) - kHide | (kNone << 2 * Config::kGroups) - kNone, {0.0f, 0.0f}};
     bool any = false;
 #pragma unroll 1
     for (int base = first; base < end; base += kWarpSize) {
@@ -148,6 +152,7 @@ class Producer {
       const TileView view = slot.mask.view(slot.row + 64 * group, 64, note.key + kTileKeys * half);
       visible = visible || view != TileView::kNothing;
       if (view != TileView::kAll) note.flags |= kHide << group;
+      if (view == TileView::kNothing) note.flags |= kNone << 2 * group + half;
     }
     if (!visible) return false;
     const int keys = call_.p.shape.keys;

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import sage_jax
 from sage_jax import attention, masking, reference, support
 from sage_jax.recipe import EXACT, Recipe, resolve
+from sage_jax.sparge import block_mask as choose_tiles
 
 
 def layer_recipe(recipe: str | Recipe | None) -> Recipe | str | None:
@@ -21,12 +22,13 @@ def layer_recipe(recipe: str | Recipe | None) -> Recipe | str | None:
     return EXACT if isinstance(recipe, str) and recipe == EXACT else resolve(recipe)
 
 
-def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Array:
+def attend_folded(query, key, value, bias=None, mask=None, *, sparge=None, **kwargs) -> jax.Array:
     """`sage_jax.dot_product_attention` under any number of batch axes.
 
     Args:
       query: [..., T, N, H]; key, value: [..., S, K, H].
       bias, mask: broadcastable to [..., N, T, S], or None.
+      sparge: a `sparge.Selection` of the tiles to compute, or None for all.
       **kwargs: handed on as they are; per-batch arrays among them as [B] or [B, length]. The recipe
         may be "exact" too: float32 attention in plain JAX, O(T·S) memory, with the same meaning.
 
@@ -42,8 +44,12 @@ def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Arra
     batch = query.shape[:-3]
     exact = kwargs.get("recipe") == EXACT
     attend = _exact_attention if exact else sage_jax.dot_product_attention
+    folded = tuple(fold_batch(x, batch) for x in (query, key, value))
+    if sparge is not None:
+        shape = {n: kwargs[n] for n in ("scale", "is_causal", "causal_alignment") if n in kwargs}
+        kwargs["block_mask"] = choose_tiles(*folded[:2], sparge, **shape)
     out = attend(
-        *(fold_batch(x, batch) for x in (query, key, value)),
+        *folded,
         bias=fold_logits_shape(bias, batch, "bias"),
         mask=fold_logits_shape(mask, batch, "mask"),
         **kwargs,
@@ -52,7 +58,17 @@ def attend_folded(query, key, value, bias=None, mask=None, **kwargs) -> jax.Arra
 
 
 def _exact_attention(
-    query, key, value, *, bias, mask, recipe, implementation=None, scale=None, **kwargs
+    query,
+    key,
+    value,
+    *,
+    bias,
+    mask,
+    recipe,
+    implementation=None,
+    scale=None,
+    block_mask=None,
+    **kwargs,
 ) -> jax.Array:
     """`sage_jax.dot_product_attention` in float32."""
     if implementation not in (None, "reference"):
@@ -61,7 +77,15 @@ def _exact_attention(
             f"{implementation!r} was asked for; leave it out for this layer, or name a recipe."
         )
     planned = support.plan(
-        query, key, value, bias, mask, scale=scale, implementation="reference", **kwargs
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        implementation="reference",
+        block_mask=block_mask,
+        **kwargs,
     )
     given = {
         "bounds": attention.bounds(
@@ -73,11 +97,12 @@ def _exact_attention(
         ),
         "q_seg": kwargs.get("query_segment_ids"),
         "kv_seg": kwargs.get("key_value_segment_ids"),
-        "mask": mask,
+        "mask": mask if block_mask is None else block_mask,
         "bias": bias,
     }
     masks = masking.no_masks(query.shape[0], query.shape[1], key.shape[1])
     masks = masks._replace(**{name: x for name, x in given.items() if x is not None})
+    masks = masking.of_pairs(masks, planned.settings.mask_tile, query.shape[1], key.shape[1])
     out, _ = reference.exact_attention(
         query,
         key,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from sage_jax import decode
 from sage_jax.flax._batch import attend_folded, fold_batch, fold_logits_shape, layer_recipe
 from sage_jax.recipe import Recipe
+from sage_jax.sparge import Selection, check_selection
 
 # Where a layer keeps the fields of `decode.KVCache`, in their order; the names that Flax has too
 # (cached_key, cached_value, cache_index) mean the same there.
@@ -40,10 +41,12 @@ class Attention:
     is_causal: bool
     local_window_size: int | tuple[int | None, int | None] | None
     rope_theta: float | None
+    sparge: Selection | None = None
 
     def __post_init__(self):
         if isinstance(self.local_window_size, list):
             object.__setattr__(self, "local_window_size", tuple(self.local_window_size))
+        check_selection(self.sparge)
 
     def full(self, query, key, value, *, mask, is_causal, positions, is_self, **extents):
         """Attention over the keys and values at hand.
@@ -70,6 +73,7 @@ class Attention:
             local_window_size=self.local_window_size,
             implementation=self.implementation,
             recipe=layer_recipe(self.recipe),
+            sparge=self.sparge,
             **extents,
         )
 
@@ -90,7 +94,7 @@ class Attention:
         fold = lambda x: None if x is None else fold_batch(x, batch)  # noqa: E731
         query, key, value, positions, lengths = map(fold, (query, key, value, positions, lengths))
         slots = cache.length[..., None] + jnp.arange(query.shape[1], dtype=jnp.int32)
-        query, key = self._rotated(query, key, slots if positions is None else positions, True)
+        query, key = self._rotated(query, key, positions, True, slots)
         cache = decode.append(cache, key, value, lengths=lengths)
         out = decode.attend(
             cache,
@@ -102,8 +106,14 @@ class Attention:
         )
         return out.reshape(*batch, *out.shape[1:]), cache
 
-    def _rotated(self, query, key, positions, is_self):
+    def _rotated(self, query, key, positions, is_self, places=None):
+        """Queries and keys, rotated to `positions`, or where those are None to `places`, by default 0, 1, 2, ..."""
         if self.rope_theta is None:
+            if positions is not None:
+                raise ValueError(
+                    "input_positions is where queries and keys are rotated to, but this layer has "
+                    "rope_theta=None; leave it out, or make the layer with a rope_theta."
+                )
             return query, key
         if not is_self:
             raise ValueError(
@@ -111,7 +121,7 @@ class Attention:
                 "make the cross-attention layer with rope_theta=None."
             )
         if positions is None:
-            positions = jnp.arange(query.shape[-3], dtype=jnp.int32)
+            positions = jnp.arange(query.shape[-3], dtype=jnp.int32) if places is None else places
         return tuple(rotate(x, positions, self.rope_theta) for x in (query, key))
 
 
@@ -121,8 +131,11 @@ def check_settings(
     """The head dimension.
 
     Raises:
-      ValueError: heads do not divide the features or each other, or cannot be rotated.
+      ValueError: heads are none, do not divide the features or each other, or cannot be rotated.
     """
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if value < 1:
+            raise ValueError(f"{name} should be at least 1, but got {value}.")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads should be a multiple of num_kv_heads, but got {num_heads} and "

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sage_jax.flax._batch import attend_folded, layer_recipe
 from sage_jax.recipe import Recipe
+from sage_jax.sparge import Selection, check_selection
 
 
 def attention_fn(
@@ -26,6 +27,7 @@ def attention_fn(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     causal_alignment: str = "top_left",
     deterministic_gradients: bool = False,
+    sparge: Selection | None = None,
 ) -> Callable[..., jax.Array]:
     """An `attention_fn` for `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`.
 
@@ -40,6 +42,8 @@ def attention_fn(
         Not for a layer in decode mode, whose one query is not the first.
       deterministic_gradients: `deterministic` of `sage_jax.dot_product_attention`; renamed because
         Flax means dropout by that word.
+      sparge: block-sparse attention: which tiles are computed, as `sage_jax.sparge.Selection` says
+        of the queries and keys of each call. Not in a call with a `mask`, nor in decode mode.
 
     Returns:
       A function of query [..., T, N, H], key and value [..., S, K, H] and the keywords of Flax,
@@ -58,7 +62,9 @@ def attention_fn(
         "local_window_size": local_window_size,
         "causal_alignment": causal_alignment,
         "deterministic_gradients": deterministic_gradients,
+        "sparge": sparge,
     }
+    check_selection(sparge)
     for name, value in settings.items():
         try:
             hash(value)
@@ -80,6 +86,7 @@ def _adapter(
     local_window_size,
     causal_alignment,
     deterministic_gradients,
+    sparge,
 ):
     always_causal = is_causal
 
@@ -157,6 +164,7 @@ def _adapter(
             implementation=implementation,
             recipe=recipe,
             deterministic=deterministic_gradients,
+            sparge=sparge,
         )
 
     return attention

@@ -14,6 +14,7 @@ from sage_jax import decode as kv
 from sage_jax.flax import _layer
 from sage_jax.flax.attention_fn import attention_fn
 from sage_jax.recipe import Recipe
+from sage_jax.sparge import Selection
 
 __all__ = ["SageAttention", "attention_fn"]
 
@@ -46,6 +47,7 @@ class SageAttention(nn.Module):
         "exact": float32 attention in plain JAX, O(T·S) memory, see `sage_jax.load_recipes`.
       is_causal: whether query i sees the keys up to i only.
       rope_theta: base of the rotary position embedding, None for none; after QK-norm.
+      sparge: which tiles are computed, as in `attention_fn`; None: all. Decoding computes all.
       normalize_qk: layer norm without bias of each head of queries and keys.
       dropout_rate: of the layer's output; probabilities are never dropped.
       deterministic: whether dropout is off.
@@ -80,6 +82,7 @@ class SageAttention(nn.Module):
     out_kernel_init: Callable | None = None
     bias_init: Callable = nn.initializers.zeros
     out_bias_init: Callable | None = None
+    sparge: Selection | None = None
 
     def __post_init__(self):
         if isinstance(self.local_window_size, list):  # a module has to be hashable
@@ -135,6 +138,7 @@ class SageAttention(nn.Module):
             self.is_causal,
             self.local_window_size,
             self.rope_theta,
+            self.sparge,
         )
 
         common = dict(dtype=self.dtype, param_dtype=self.param_dtype)

@@ -16,6 +16,7 @@ from sage_jax import decode as kv
 from sage_jax.flax import _layer
 from sage_jax.flax.attention_fn import attention_fn
 from sage_jax.recipe import Recipe
+from sage_jax.sparge import Selection
 
 __all__ = ["SageAttention", "attention_fn"]
 
@@ -49,6 +50,7 @@ class SageAttention(nnx.Module):
         "exact": float32 attention in plain JAX, O(T·S) memory, see `sage_jax.load_recipes`.
       is_causal: whether query i sees the keys up to i only.
       rope_theta: base of the rotary position embedding, None for none; after QK-norm.
+      sparge: which tiles are computed, as in `attention_fn`; None: all. Decoding computes all.
       normalize_qk: layer norm without bias of each head of queries and keys.
       dropout_rate: of the layer's output; probabilities are never dropped.
       deterministic: whether dropout is off; `eval()` and `train()` set it too.
@@ -75,6 +77,7 @@ class SageAttention(nnx.Module):
         is_causal: bool = False,
         local_window_size: int | tuple[int | None, int | None] | None = None,
         rope_theta: float | None = None,
+        sparge: Selection | None = None,
         normalize_qk: bool = False,
         dropout_rate: float = 0.0,
         deterministic: bool = False,
@@ -105,7 +108,7 @@ class SageAttention(nnx.Module):
         )
         self.decode = decode
         self.attention = _layer.Attention(
-            recipe, implementation, scale, is_causal, local_window_size, rope_theta
+            recipe, implementation, scale, is_causal, local_window_size, rope_theta, sparge
         )
 
         common = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -67,7 +67,7 @@ def settings(*, architecture=80, schedule=0):
 
 def attend_backward(
     qq, kv, m, l, out, dout, dlse, masks, *, backward, dp, exact_delta, scale, window_left,
-    window_right, dtypes,
+    window_right, dtypes, mask_tile=1,
 ):  # fmt: skip
     """As `sage_jax.reference.attend_backward`, on the simulator: (dq, dk, dv) and the workspace's length."""
     batch, heads, queries, padded = qq.q8.shape
@@ -81,7 +81,7 @@ def attend_backward(
               kv.k_max, kv.v_norm, kv.v_mean, m, l)
     params = BackwardParams(
         Shape(batch, queries, keys, heads, kv_heads, head_dim, padded),
-        base.mask_params(a, masks, window_left, window_right),
+        base.mask_params(a, masks, window_left, window_right, mask_tile),
         BACKWARD[backward], base.DP[dp], exact_delta, scale, False, False,
         *(a.input(x) for x in inputs), base.DTYPES[out.dtype.name], a.input(out), a.input(dout),
         a.input(dlse), *(base.DTYPES[np.dtype(t).name] for t in dtypes),

@@ -108,14 +108,14 @@ def quantize_q(q, k, k_mean, k_tensor, bounds, *, four_or_six, smooth_q, scale):
     return tuple(array for _, array in results)
 
 
-def attend(qq, kv, masks, *, scale, window_left, window_right, head_dim, out_dtype):
+def attend(qq, kv, masks, *, scale, window_left, window_right, head_dim, out_dtype, mask_tile=1):
     """`qq`, `kv`: results of the quantisers."""
     batch, heads, queries, half = qq[0].shape
     kv_heads, keys = kv[0].shape[1:3]
     shape = Shape(batch, queries, keys, heads, kv_heads, head_dim, 2 * half)
     a = Arrays()
     results = [a.output((batch, queries, heads, head_dim), out_dtype), a.output((batch, heads, queries), F32)]
-    given = sim.mask_params(a, masks, window_left, window_right)
+    given = sim.mask_params(a, masks, window_left, window_right, mask_tile)
     size = library().sim_mask_workspace_bytes(ctypes.byref(shape), ctypes.byref(given))
     params = AttendParams(
         shape, given, scale, *(a.input(x) for x in (*qq, *kv[:3], *kv[4:])),

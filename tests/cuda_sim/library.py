@@ -67,7 +67,7 @@ MaskParams = _struct(
     *_fields(_pointer, "bounds q_seg kv_seg mask"),
     ("mask_strides", ctypes.c_int64 * 4),
     ("mask_sizes", _int * 4),
-    *_fields(_int, "window_left window_right"),
+    *_fields(_int, "window_left window_right mask_tile"),
 )
 QuantizeKvParams = _struct(
     "QuantizeKvParams",
@@ -200,7 +200,7 @@ def run(name, params, arrays):
     arrays.check()
 
 
-def mask_params(arrays, masks, window_left, window_right):
+def mask_params(arrays, masks, window_left, window_right, mask_tile=1):
     """`MaskParams` of a sage_jax.masking.Masks."""
     mask = np.asarray(masks.mask)
     strides = [0, 0, 0, 0]
@@ -209,7 +209,7 @@ def mask_params(arrays, masks, window_left, window_right):
     return MaskParams(
         arrays.input(masks.bounds), arrays.input(masks.q_seg), arrays.input(masks.kv_seg),
         arrays.input(mask.astype(np.uint8)), (ctypes.c_int64 * 4)(*strides),
-        (_int * 4)(*mask.shape), window_left, window_right,
+        (_int * 4)(*mask.shape), window_left, window_right, mask_tile,
     )  # fmt: skip
 
 
@@ -262,8 +262,9 @@ def quantize_q(q, k_mean, bounds, *, q_block, scale):
 
 
 def attend(
-    qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype
-):
+    qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype,
+    mask_tile=1,
+):  # fmt: skip
     """As `sage_jax.reference.attend`, on the simulator."""
     batch, heads, queries, padded = qq.q8.shape
     kv_heads, keys = kv.k8.shape[1:3]
@@ -272,7 +273,7 @@ def attend(
     rows = (batch, heads, queries)
     results = [a.output((batch, queries, heads, head_dim), out_dtype)]
     results += [a.output(rows, F32) for _ in range(3)]
-    given = mask_params(a, masks, window_left, window_right)
+    given = mask_params(a, masks, window_left, window_right, mask_tile)
     params = AttendParams(
         shape, given, PV[pv], f16_accumulate, scale, False,
         *(a.input(x) for x in (*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean)),
