@@ -77,39 +77,27 @@ def plan(options: argparse.Namespace) -> list[attention.Line]:
     ]
 
 
-def measure(line: attention.Line, options) -> tuple[list[dict], list[str]]:
-    """Rows of one line, and the sentences on what could not run."""
-    inputs, runs, rows, failures = line.inputs(), {}, {}, []
-    dense = attention.contestants(options)
-    sparse = {
-        x.contender(recipe, options.implementation): x
-        for recipe, x in itertools.product(options.recipes, map(Sparse, options.shares))
-    }
-    for contender in (*dense, *sparse):
-        if line.batch * line.heads * line.seq**2 > contender.largest_scores:
-            continue
-        try:
-            run = attention.speed_runs(line, contender, inputs)
-            if run is not None:
-                jax.block_until_ready(run())
-                runs[contender.label], rows[contender.label] = run, contender
-        except Exception as reason:  # noqa: BLE001  (one must not cost the others their line)
-            failures.append(f"{contender.label} ({attention.describe(line)}): {measuring.sentence(reason)}")
+def measure(line: attention.Line, dense, sparse, options) -> tuple[list[dict], list[str]]:
+    """Rows of one line, and the sentences on what could not run.
+
+    Args:
+      dense: contenders.
+      sparse: label of a contender -> (the contender, what it keeps).
+    """
+    entrants = [*dense, *(contender for contender, _ in sparse.values())]
+    rows, failures = attention.measure_speed(line, entrants, options)
+    q, k, *_ = line.inputs()
+    for row in rows:
+        _, kept = sparse.get(f"{row['impl']} {row['recipe']}", (None, None))
+        if kept:
+            density = jax.jit(lambda q, k, kept=kept: kept.mask(q, k, line.causal).mean())(q, k)
+            row |= {"share": kept.share, "density": measuring.digits(float(density), 3)}
     if line.kind == "fwd":
-        select = contenders.Contender("sage_jax", "select", None)
         choose = jax.jit(functools.partial(Sparse(options.shares[0]).mask, causal=line.causal))
-        runs[select.label], rows[select.label] = functools.partial(choose, *inputs[:2]), select
-    seconds = measuring.interleaved_medians(runs, options.repeats, options.seconds)
-    found = []
-    for label, contender in rows.items():
-        row = line.row(contender, seconds[label])
-        if contender.recipe == "select":
-            row["tflops"] = None
-        if contender in sparse:
-            mask = sparse[contender].mask(*inputs[:2], causal=line.causal)
-            row |= {"share": sparse[contender].share, "density": measuring.digits(float(mask.mean()), 3)}
-        found.append(row)
-    return found, failures
+        run = {"select": functools.partial(choose, q, k)}
+        seconds = measuring.interleaved_medians(run, options.repeats, options.seconds)["select"]
+        rows.append(line.row(contenders.Contender("sage_jax", "select", None), seconds) | {"tflops": None})
+    return rows, [f"{text} ({attention.describe(line)})" for text in failures]
 
 
 def share(text: str) -> float:
@@ -149,10 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     head = measuring.environment()
     path = measuring.results_path(head["gpu"], "sparse", options.out)
+    dense = attention.contestants(options)
+    sparse = {}
+    for recipe, kept in itertools.product(options.recipes, map(Sparse, options.shares)):
+        contender = kept.contender(recipe, options.implementation)
+        sparse[contender.label] = contender, kept
     rows, failures, lines = [], [], plan(options)
     for number, line in enumerate(lines, 1):
         print(f"[{number}/{len(lines)}] {attention.describe(line)}", flush=True)
-        measured, failed = measure(line, options)
+        measured, failed = measure(line, dense, sparse, options)
         rows += measured
         failures += failed
     resultfile.store(path, {**head, "samples": options.repeats, "left_out": failures, "speed": rows})

@@ -127,37 +127,26 @@ step_sanitize() {
   return $code
 }
 
+# Runs a benchmark and keeps its results, even those of one that failed.
+measure() {
+  local code=0
+  "$python" "$@" || code=$?
+  cp benchmarks/results/*.json benchmarks/results/*.png "$out" 2> /dev/null
+  return $code
+}
+
 step_bench() {
-  local tests='' code=0
+  local tests=''
   [ ! -f "$out/tests.xml" ] || tests="--tests $out/tests.xml"
   # shellcheck disable=SC2086
-  "$python" benchmarks/attention.py --budget-seconds "$budget" $tests $bench_args || code=$?
-  keep_results
-  return $code
+  measure benchmarks/attention.py --budget-seconds "$budget" $tests $bench_args
 }
 
-step_lengths() {
-  local code=0
-  "$python" benchmarks/lengths.py --causal both || code=$?
-  keep_results
-  return $code
-}
+step_lengths() { measure benchmarks/lengths.py --causal both; }
 
-step_memory() {
-  local code=0
-  "$python" benchmarks/memory.py --out benchmarks/results || code=$?
-  keep_results
-  return $code
-}
+step_memory() { measure benchmarks/memory.py --out benchmarks/results; }
 
-step_sparse() {
-  local code=0
-  "$python" benchmarks/sparse.py || code=$?
-  keep_results
-  return $code
-}
-
-keep_results() { cp benchmarks/results/*.json benchmarks/results/*.png "$out" 2> /dev/null; }
+step_sparse() { measure benchmarks/sparse.py; }
 
 # Runs a step with its limit; what it prints goes to the screen and to a log.
 run() {
@@ -179,7 +168,7 @@ run() {
 
 budget=$((limit[bench] * 4 / 5)) # the rest is for the measurement in progress
 export python out archs pytest_args bench_args budget
-export -f keep_results "${steps[@]/#/step_}"
+export -f measure "${steps[@]/#/step_}"
 : > "$out/summary.txt"
 status=0
 for name in "${steps[@]}"; do

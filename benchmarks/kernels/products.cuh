@@ -3,6 +3,7 @@
 //
 // A block a multiprocessor, two warpgroups of 64 queries, four tiles of 128 keys in turn.
 #pragma once
+#include "common/launch.h"
 #include "numerics/e4m3.h"
 #include "problem.cuh"
 #include "ptx/bulk_tensor.cuh"
@@ -94,49 +95,33 @@ struct SteadyRate {
   bool ran;
 };
 
-// For about half a second, and half a second before that.
+// The median of about half a second, after as long for the clock to settle.
 template <Steady kKind>
 inline SteadyRate sustain(const std::vector<uint8_t>& bytes) {
-  int multiprocessors = 0;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "multiprocessors");
+  constexpr int kSamples = 50;  // of about 10 ms
+  const int blocks = multiprocessors();
   check(cudaFuncSetAttribute(multiply_steadily<kKind>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSteadyShared),
         "shared memory");
   Buffer<uint8_t> data(bytes.size());
   data.upload(bytes);
   Buffer<SteadyClocks> clocks(1);
-  Buffer<uint32_t> out(static_cast<size_t>(multiprocessors) * kSteadyThreads);
+  Buffer<uint32_t> out(static_cast<size_t>(blocks) * kSteadyThreads);
   const auto once = [&] {
-    multiply_steadily<kKind><<<multiprocessors, kSteadyThreads, kSteadyShared>>>(
+    multiply_steadily<kKind><<<blocks, kSteadyThreads, kSteadyShared>>>(
         reinterpret_cast<const uint32_t*>(data.data), clocks.data, out.data);
     check(cudaGetLastError(), "products");
   };
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "event");
-  check(cudaEventCreate(&end), "event");
-  float ms = 0;
-  const auto timed = [&](int runs) {
-    check(cudaEventRecord(begin), "event");
-    for (int i = 0; i < runs; ++i) once();
-    check(cudaEventRecord(end), "event");
-    check(cudaEventSynchronize(end), "products");
-    check(cudaEventElapsedTime(&ms, begin, end), "event");
-    return ms / runs;
-  };
-  once();
-  const int runs = static_cast<int>(500 / std::max(timed(2), 0.1f));
-  timed(runs);
-  const double each = timed(runs);
+  milliseconds(once, kSamples);
+  const double each = milliseconds(once, kSamples);
   const SteadyClocks c = clocks.download()[0];
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
   const double products = kKind == Steady::kForward ? 2 : 1;
-  const double operations = products * 2.0 * 128 * 128 * 128 * kSteadyTiles * multiprocessors;
+  const double operations = products * 2.0 * 128 * 128 * 128 * kSteadyTiles * blocks;
   return {operations / each / 1e9, 1e3 * static_cast<double>(c.clocks) / static_cast<double>(c.nanoseconds),
           static_cast<double>(c.clocks) / kSteadyTiles, c.nanoseconds != ~0ull};
 }
 
-// Codes as normal q, k and v have them, or zeros: INT8 of 128 times what is 4 standard deviations (Q: 2.7) of a normal value, e4m3
-// of values up to 3.5 and of 64 · 2^..., the probabilities of normal logits relative to their largest.
+// Codes as normal q, k and v have them, or zeros: of K INT8 whose 127 is 4 standard deviations (the largest of a tile), of Q 2.7
+// (of a token), of V e4m3 whose 3.5 is 4, and of P 64 times the probabilities of normal logits relative to their largest, e^3.8.
 inline std::vector<uint8_t> steady_codes(bool zeros) {
   std::vector<uint8_t> bytes(kSteadyShared + 4 * kSteadyOperands * kSteadyThreads, 0);
   if (zeros) return bytes;
