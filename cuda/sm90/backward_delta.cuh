@@ -39,8 +39,8 @@ __device__ __forceinline__ void compute_delta(const DqCall& call, unsigned char*
   while (true) {
     ptx::mbarrier_wait(base + Config::full(stage), phase);
     const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
-    const bool stops = ptx::uniform(note.flags) & Config::kStop;
-    if (!stops) {
+    const uint32_t flags = ptx::uniform(note.flags);
+    if (!(flags & (Config::kStop | Config::kNone << group))) {
       const int stage_at = Config::kStagesAt + stage * Config::kStageBytes;
       ptx::wgmma_fence();
       at.multiply(s, d, base / 16 + stage_at / 16);
@@ -59,11 +59,8 @@ __device__ __forceinline__ void compute_delta(const DqCall& call, unsigned char*
       for (int r = 0; r < 2; ++r) sum[r] = fmaf(products[r], at.terms[r].gain * note.scale[1], sum[r]);
     }
     release(base + Config::empty(stage));
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-    if (stops) break;
+    Config::move_on(stage, phase);
+    if (flags & Config::kStop) break;
   }
   release(at.barriers.rows_empty());
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
   uint32_t p_operand[kGradientRegisters], g_operand[kGradientRegisters];
   QueryTile before[Part::kLate] = {};  // the tile before, and the one before that
-  int tiles = 0;                       // of these rows so far
+  int tiles = 0, summed = 0;           // of these rows so far; those of which the warpgroup sees anything
   uint32_t& count = progress.notes;
   uint32_t& made = progress.tiles;
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
@@ -43,120 +43,148 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const auto ask = [&](int barrier, uint32_t n) { return ptx::mbarrier_try_wait(base + barrier, n / Config::kStages % 2); };
   uint32_t scores_there = 0;
   while (true) {
-    const int stage = static_cast<int>(count % Config::kStages);
-    const uint32_t phase = count / Config::kStages % 2;
-    if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
-    uint32_t codes_there = 0;
-    if (kInTurn && made >= Part::kFirst + Part::kLate) codes_there = part.ask(made - Part::kLate);
-    const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
-    const uint32_t flags = from_lane_0(note.flags);
-    QueryTile tile = {};
-    if constexpr (kWithDq) {
-      tile.query = from_lane_0(note.key) * kGradientTile;
-      tile.head = Config::slot(shared, turn).head * call.group_heads + __float_as_int(from_lane_0(note.scale[0]));
+    uint32_t flags;
+    QueryTile tile;
+    bool under_way = false;
+    while (true) {
+      const int stage = static_cast<int>(count % Config::kStages);
+      const uint32_t phase = count / Config::kStages % 2;
+      if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
+      uint32_t codes_there = 0;
+      if (kInTurn && made >= Part::kFirst + Part::kLate) codes_there = part.ask(made - Part::kLate);
+      const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
+      flags = from_lane_0(note.flags);
+      if constexpr (kWithDq) {
+        tile.query = from_lane_0(note.key) * kGradientTile;
+        tile.head = Config::slot(shared, turn).head * call.group_heads + __float_as_int(from_lane_0(note.scale[0]));
+      }
+      if (flags & (Config::kStop | Config::kNone << group)) break;
+      const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
+      const uint32_t queries = units + scores_at / 16;
+      // The gradient products of the tile before: the scores would have to wait for them anyway, and
+      // their operands' registers are needed.
+      ptx::wgmma_wait_group<0>();
+      ptx::keep_in_registers(dk);
+      ptx::keep_in_registers(dv);
+      if (under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+      if constexpr (kInTurn) {
+        const uint32_t n = made - Part::kLate;
+        if (made >= Part::kFirst + Part::kLate && !codes_there) part.wait(n);
+        if (tiles >= Part::kLate && part.takes(n)) part.add(n, before[Part::kLate - 1], batch);
+      }
+      ptx::wgmma_fence();
+      multiply_scores<kHeadDim>(s, keys, queries);
+      multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
+      ptx::wgmma_commit_group();
+      if (summed > 0 && summed % kExactTiles == 0) {
+        if (summed == kExactTiles) wait_for_sent_tiles();
+        add_exactly(region, dk, summed == kExactTiles);
+        add_exactly(region + Config::kWarpBytes, dv, summed == kExactTiles);
+      }
+      ptx::wgmma_wait_group<0>();
+      ptx::keep_in_registers(s);
+      ptx::keep_in_registers(d);
+
+      const auto* const terms =
+          reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
+      if (kWithDq && !kInTurn && made > Part::kFirst) codes_there = part.ask(made - 1);
+      uint32_t sums_there = 0;
+#pragma unroll
+      for (int c = 0; c < kGradientValues / 8; ++c) {
+        if (c == kGradientValues / 8 - 1) sums_there = ask(Config::sums_full(stage), count);
+        float e[8], x[8];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int n = i / 2, column = i % 2;
+          const QueryTerms term = terms[(2 * c + n) * 8 + column];
+          const Line score{term.score * k_scale, term.shift}, gradient{term.gain * v_scale, term.offset};
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int at = 4 * n + 2 * r + column;
+            e[at] = ptx::ex2(score.at(s[8 * c + at]));
+            x[at] = e[at] * gradient.at(d[8 * c + at]);
+          }
+        }
+        E4m3Values::pack(p_operand + 2 * c, e);
+        E4m3Values::pack(g_operand + 2 * c, x);
+      }
+      if (__builtin_expect(flags & (Config::kHide << group), 0)) {
+        using Rows = SharedTile<8, kHeadDim>;
+        const unsigned char* const codes = shared;  // of the block's keys
+        const auto& slot = Config::slot(shared, turn);
+        const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
+        const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
+        const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
+                               static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
+        uint32_t seen = 0;
+        if (!(flags & (Config::kNone << group))) {
+          seen = seen_of_keys(slot.mask, slot.row + upper, from_lane_0(note.key) * kGradientTile, sound, t,
+                              MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))).dense);
+        }
+        hide_codes(p_operand, seen);
+        hide_codes(g_operand, seen);
+      }
+      release(base + Config::scores_empty(stage));
+      if (kWithDq && !kInTurn && made > Part::kFirst && !codes_there) part.wait(made - 1);
+      if (!sums_there) ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
+      const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
+      uint32_t pairs[kGradientRegisters];
+      if constexpr (kWithDq) pair_keys(pairs, g_operand);
+      ptx::keep_in_registers(p_operand);
+      ptx::keep_in_registers(g_operand);
+      ptx::wgmma_fence();
+      float dq[Part::kValues];  // of the tile before; of whatever lies there, if there is none
+      if constexpr (kWithDq && !kInTurn) part.start(dq, made - 1);
+      multiply_gradients<kHeadDim>(dv, p_operand, sums, summed > 0);
+      multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, summed > 0);
+      ptx::wgmma_commit_group();
+      ++count;
+      scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
+      if constexpr (kWithDq) {
+        part.store(made, pairs);
+        if constexpr (!kInTurn) {
+          part.wait_for_staged();
+          ptx::wgmma_wait_group<1>();
+          ptx::keep_in_registers(dq);
+          part.stage(dq);
+        }
+        ptx::fence_proxy_async_shared();
+        ptx::mbarrier_arrive(part.full(made));
+        if constexpr (!kInTurn) part.send(before[0], batch, tiles > 0);
+        before[Part::kLate - 1] = before[0];
+        before[0] = tile;
+        ++made;
+      }
+      ++tiles;
+      ++summed;
+      under_way = true;
     }
-    if (flags & Config::kStop) break;
-    const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
-    const uint32_t queries = units + scores_at / 16;
-    // The gradient products of the tile before: the scores would have to wait for them anyway, and
-    // their operands' registers are needed.
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(dk);
     ptx::keep_in_registers(dv);
-    if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
-    if constexpr (kInTurn) {
-      const uint32_t n = made - Part::kLate;
-      if (made >= Part::kFirst + Part::kLate && !codes_there) part.wait(n);
-      if (tiles >= Part::kLate && part.takes(n)) part.add(n, before[Part::kLate - 1], batch);
-    }
-    ptx::wgmma_fence();
-    multiply_scores<kHeadDim>(s, keys, queries);
-    multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
-    ptx::wgmma_commit_group();
-    if (tiles > 0 && tiles % kExactTiles == 0) {
-      if (tiles == kExactTiles) wait_for_sent_tiles();
-      add_exactly(region, dk, tiles == kExactTiles);
-      add_exactly(region + Config::kWarpBytes, dv, tiles == kExactTiles);
-    }
-    ptx::wgmma_wait_group<0>();
-    ptx::keep_in_registers(s);
-    ptx::keep_in_registers(d);
-
-    const auto* const terms =
-        reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
-    if (kWithDq && !kInTurn && made > Part::kFirst) codes_there = part.ask(made - 1);
-    uint32_t sums_there = 0;
-#pragma unroll
-    for (int c = 0; c < kGradientValues / 8; ++c) {
-      if (c == kGradientValues / 8 - 1) sums_there = ask(Config::sums_full(stage), count);
-      float e[8], x[8];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = i / 2, column = i % 2;
-        const QueryTerms term = terms[(2 * c + n) * 8 + column];
-        const Line score{term.score * k_scale, term.shift}, gradient{term.gain * v_scale, term.offset};
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int at = 4 * n + 2 * r + column;
-          e[at] = ptx::ex2(score.at(s[8 * c + at]));
-          x[at] = e[at] * gradient.at(d[8 * c + at]);
-        }
-      }
-      E4m3Values::pack(p_operand + 2 * c, e);
-      E4m3Values::pack(g_operand + 2 * c, x);
-    }
-    if (__builtin_expect(flags & (Config::kHide << group), 0)) {
-      using Rows = SharedTile<8, kHeadDim>;
-      const unsigned char* const codes = shared;  // of the block's keys
-      const auto& slot = Config::slot(shared, turn);
-      const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
-      const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
-      const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
-                             static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
-      uint32_t seen = 0;
-      if (!(flags & (Config::kNone << group))) {
-        seen = seen_of_keys(slot.mask, slot.row + upper, from_lane_0(note.key) * kGradientTile, sound, t,
-                            MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))).dense);
-      }
-      hide_codes(p_operand, seen);
-      hide_codes(g_operand, seen);
-    }
+    if (under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+    if (flags & Config::kStop) break;
+    // A tile of which the warpgroup sees nothing adds nothing.
+    const int stage = static_cast<int>(count % Config::kStages);
     release(base + Config::scores_empty(stage));
-    if (kWithDq && !kInTurn && made > Part::kFirst && !codes_there) part.wait(made - 1);
-    if (!sums_there) ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
-    const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
-    uint32_t pairs[kGradientRegisters];
-    if constexpr (kWithDq) pair_keys(pairs, g_operand);
-    ptx::keep_in_registers(p_operand);
-    ptx::keep_in_registers(g_operand);
-    ptx::wgmma_fence();
-    float dq[Part::kValues];  // of the tile before; of whatever lies there, if there is none
-    if constexpr (kWithDq && !kInTurn) part.start(dq, made - 1);
-    multiply_gradients<kHeadDim>(dv, p_operand, sums, tiles > 0);
-    multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, tiles > 0);
-    ptx::wgmma_commit_group();
-    ++count;
-    scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
     if constexpr (kWithDq) {
-      part.store(made, pairs);
-      if constexpr (!kInTurn) {
-        part.wait_for_staged();
-        ptx::wgmma_wait_group<1>();
-        ptx::keep_in_registers(dq);
-        part.stage(dq);
-      }
+      const uint32_t n = made - Part::kLate;
+      if (made >= Part::kFirst + Part::kLate) part.wait(n);
+      if (tiles >= Part::kLate && part.takes(n)) part.add(n, before[Part::kLate - 1], batch);
+      const uint32_t nothing[kGradientRegisters] = {};
+      part.store(made, nothing);
       ptx::fence_proxy_async_shared();
       ptx::mbarrier_arrive(part.full(made));
-      if constexpr (!kInTurn) part.send(before[0], batch, tiles > 0);
       before[Part::kLate - 1] = before[0];
       before[0] = tile;
       ++made;
     }
+    ptx::mbarrier_wait(base + Config::sums_full(stage), count / Config::kStages % 2);
+    release(base + Config::sums_empty(stage));
+    ++count;
     ++tiles;
+    scores_there = 0;
   }
-  ptx::wgmma_wait_group<0>();
-  ptx::keep_in_registers(dk);
-  ptx::keep_in_registers(dv);
   if constexpr (kWithDq) {
 #pragma unroll
     for (int late = Part::kLate; late > 0; --late) {
@@ -168,7 +196,6 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   }
   release(barriers.rows_empty());
   // The note that ends the tiles.
-  if (tiles > 0) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
   const int last = static_cast<int>(count % Config::kStages);
   release(base + Config::scores_empty(last));
   ptx::mbarrier_wait(base + Config::sums_full(last), count / Config::kStages % 2);
@@ -178,8 +205,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   // --------------------------------------------------------------------------------------- epilogue
   // What was sent before from where the exact sums lie has been read if sums of dQ have been staged since.
   if (!kWithDq || tiles < (kInTurn ? Config::kGroups : 1)) wait_for_sent_tiles();
-  collect(region, dk, tiles > kExactTiles);
-  collect(region + Config::kWarpBytes, dv, tiles > kExactTiles);
+  collect(region, dk, summed > kExactTiles);
+  collect(region + Config::kWarpBytes, dv, summed > kExactTiles);
   const AttentionShape& shape = p.shape;
   const auto& slot = Config::slot(shared, ptx::opaque(turn));
   const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128;

@@ -61,6 +61,13 @@ struct DqConfig : Block_ {
                 "what an sm_90 offers a block; regions at multiples of 1024 bytes");
   static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int empty(int stage) { return full(stage) + 8 * kStages; }
+  static __device__ int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
+  static __device__ void move_on(int& stage, uint32_t& phase) {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
   static __device__ GradientBarriers barriers(uint32_t base) { return {base + kBarriersAt + 16 * kStages}; }
   static __device__ Slot& slot(unsigned char* shared, int turn) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];
@@ -139,10 +146,7 @@ __device__ __forceinline__ void copy_keys(const DqCall& call, unsigned char* sha
         ptx::cp_async_bulk_tensor_3d(at + Config::kTileBytes, &call.v, full, 0, key, kv_plane);
         if (!Config::kOnlyDelta) ptx::cp_async_bulk_tensor_3d(at + 2 * Config::kTileBytes, &call.z, full, key, 0, kv_plane);
       }
-      if (++stage == Config::kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
+      Config::move_on(stage, phase);
     };
     const auto look = [&](TileNote& note) {
       bool visible = false;
@@ -229,51 +233,62 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   int s[kGradientValues], d[kGradientValues];
   float dq[kHeadDim / 2] = {};
   uint32_t operand[kGradientRegisters];
-  int count = 0;  // tiles so far
+  int count = 0;           // tiles so far of which the warpgroup sees anything
+  bool under_way = false;  // dQ's product of the tile before
 
   while (true) {
-    ptx::mbarrier_wait(base + Config::full(stage), phase);
-    const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
-    if (ptx::uniform(note.flags) & Config::kStop) break;
-    const uint32_t tile = base / 16 + (Config::kStagesAt + stage * Config::kStageBytes) / 16;
-    ptx::wgmma_fence();
-    at.multiply(s, d, tile);
-    ptx::wgmma_commit_group();
-    ptx::wgmma_wait_group<0>();  // and dQ's product of the tile before
-    ptx::keep_in_registers(s);
-    ptx::keep_in_registers(d);
-    ptx::keep_in_registers(dq);
-    if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
-    if (count > 0 && count % kExactTiles == 0) {
-      if (count == kExactTiles) wait_for_sent_tiles();
-      add_exactly(region, dq, count == kExactTiles);
-    }
-
-    const Line score[2] = {at.score_line(0, note), at.score_line(1, note)};
-    const Line gradient[2] = {{at.terms[0].gain * note.scale[1], at.terms[0].offset},
-                              {at.terms[1].gain * note.scale[1], at.terms[1].offset}};
-#pragma unroll
-    for (int c = 0; c < kGradientValues / 8; ++c) {
-      float x[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int r = i >> 1 & 1;
-        x[i] = ptx::ex2(score[r].at(s[8 * c + i])) * gradient[r].at(d[8 * c + i]);
+    uint32_t flags;
+    while (true) {
+      ptx::mbarrier_wait(base + Config::full(stage), phase);
+      const TileNote note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
+      flags = ptx::uniform(note.flags);
+      if (flags & (Config::kStop | Config::kNone << group)) break;
+      const uint32_t tile = base / 16 + (Config::kStagesAt + stage * Config::kStageBytes) / 16;
+      ptx::wgmma_fence();
+      at.multiply(s, d, tile);
+      ptx::wgmma_commit_group();
+      ptx::wgmma_wait_group<0>();  // and dQ's product of the tile before
+      ptx::keep_in_registers(s);
+      ptx::keep_in_registers(d);
+      ptx::keep_in_registers(dq);
+      if (under_way) release(base + Config::empty(Config::before(stage)));
+      if (count > 0 && count % kExactTiles == 0) {
+        if (count == kExactTiles) wait_for_sent_tiles();
+        add_exactly(region, dq, count == kExactTiles);
       }
-      E4m3Values::pack(operand + 2 * c, x);
+
+      const Line score[2] = {at.score_line(0, note), at.score_line(1, note)};
+      const Line gradient[2] = {{at.terms[0].gain * note.scale[1], at.terms[0].offset},
+                                {at.terms[1].gain * note.scale[1], at.terms[1].offset}};
+#pragma unroll
+      for (int c = 0; c < kGradientValues / 8; ++c) {
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int r = i >> 1 & 1;
+          x[i] = ptx::ex2(score[r].at(s[8 * c + i])) * gradient[r].at(d[8 * c + i]);
+        }
+        E4m3Values::pack(operand + 2 * c, x);
+      }
+      if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
+        hide_codes(operand, at.seen(note, group, shared + Config::kStagesAt + stage * Config::kStageBytes));
+      }
+      ptx::keep_in_registers(operand);
+      ptx::wgmma_fence();
+      multiply_gradients<kHeadDim>(dq, operand, tile + 2 * Config::kTileBytes / 16, count > 0);
+      ptx::wgmma_commit_group();
+      ++count;
+      under_way = true;
+      Config::move_on(stage, phase);
     }
-    if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
-      hide_codes(operand, at.seen(note, group, shared + Config::kStagesAt + stage * Config::kStageBytes));
-    }
-    ptx::keep_in_registers(operand);
-    ptx::wgmma_fence();
-    multiply_gradients<kHeadDim>(dq, operand, tile + 2 * Config::kTileBytes / 16, count > 0);
-    ptx::wgmma_commit_group();
-    ++count;
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
+    if (flags & Config::kStop) break;
+    // A tile of which the warpgroup sees nothing adds nothing.
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(dq);
+    if (under_way) release(base + Config::empty(Config::before(stage)));
+    under_way = false;
+    release(base + Config::empty(stage));
+    Config::move_on(stage, phase);
   }
 
   // --------------------------------------------------------------------------------------- epilogue
@@ -291,12 +306,9 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
   ptx::keep_in_registers(dq);
   release(at.barriers.rows_empty());
   // The note that ends the tiles, and the tile before.
-  if (count > 0) release(base + Config::empty(stage == 0 ? Config::kStages - 1 : stage - 1));
+  if (under_way) release(base + Config::empty(Config::before(stage)));
   release(base + Config::empty(stage));
-  if (++stage == Config::kStages) {
-    stage = 0;
-    phase ^= 1;
-  }
+  Config::move_on(stage, phase);
   wait_for_sent_tiles();
   collect(region, dq, count > kExactTiles);
   const auto* const pairs = reinterpret_cast<const float2*>(slot.factor) + threadIdx.x % 4;

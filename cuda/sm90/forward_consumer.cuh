@@ -62,13 +62,18 @@ class Consumer {
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(s_);
     while (true) {
-      if (flags_ & (kHide << group_)) {
-        const Slot& slot = Config::slots(shared_)[slot_];
-        hide<Config>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4, Config::notes(shared_)[stage_].key,
-                     flags_ / (kNone << 2 * group_), flags_ & kBadKeys, shared_ + Config::keys(stage_), l_);
+      if (sees_nothing()) {
+        skip_softmax();
+      } else {
+        if (flags_ & (kHide << group_)) {
+          const Slot& slot = Config::slots(shared_)[slot_];
+          hide<Config>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4, Config::notes(shared_)[stage_].key,
+                       flags_ / (kNone << 2 * group_), flags_ / (kSome << 2 * group_), flags_ & kBadKeys,
+                       shared_ + Config::keys(stage_), l_);
+        }
+        softmax(p0_);
+        shrink();
       }
-      softmax(p0_);
-      shrink();
       if constexpr (Config::kBuffers == 1) {
         while (true) {
           if (__builtin_expect(serial_step(), 0)) break;
@@ -229,6 +234,21 @@ class Consumer {
       l_[r] *= shrink_.by[r];
     }
     exponentials<Config>(s_, multiplier, shift, zero_, l_, p);
+  }
+
+  // Whether no row of the warpgroup sees any key of the tile at hand: they are past the last row, or the tile is beyond their
+  // diagonal, or a mask says so. Such a tile is hidden from them (kHide) as well.
+  __device__ __forceinline__ bool sees_nothing() const {
+    constexpr uint32_t kAll = (1u << Config::kKeys / kTileKeys) - 1;
+    return (flags_ / (kNone << 2 * group_) & kAll) == kAll;
+  }
+
+  // What the softmax of such a tile comes to: no probabilities, and rows as they were.
+  __device__ __forceinline__ void skip_softmax() {
+    release(Config::k_empty(stage_));
+#pragma unroll
+    for (uint32_t& p : p0_) p = 0;
+    shrink_.any = false;
   }
 
   // The least that a row's reference may be in the next tile, by what is known before its scores are there.

@@ -13,15 +13,16 @@ namespace sage::sm90 {
 
 // Replaces the scores that do not count by -inf, and poisons the rows that see a bad key.
 // `query` is the row of s[4n], s[4n + 1]; that of s[4n + 2], s[4n + 3] is query + 8. Bits 0 and 1 of `none`: no row sees any of
-// the first 64 keys, of the others.
+// the first 64 keys, of the others; of `some`: not all rows see all of them.
 template <class Config>
 __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask, int query, int key,
-                                     uint32_t none, bool bad_keys, const unsigned char* tile,
+                                     uint32_t none, uint32_t some, bool bad_keys, const unsigned char* tile,
                                      float (&l)[2]) {
   const int t = static_cast<int>(threadIdx.x) % 4;
   if (!bad_keys && mask.spans_only()) {
 #pragma unroll
     for (int part = 0; part < Config::kScores; part += 32) {  // 64 keys
+      if (!((none | some) >> part / 32 & 1u)) continue;
       Span seen[2] = {mask.keys_of(query), mask.keys_of(query + 8)};
       if (none >> part / 32 & 1u) seen[0].count = seen[1].count = 0;
 #pragma unroll

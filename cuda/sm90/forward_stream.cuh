@@ -47,6 +47,8 @@ enum TileFlags : uint32_t {  // of the forward pass; the backward kernels': Grad
   kStop = 64,      // no tile: the stream has ended
   // None of the first 64 rows sees any of the first 64 keys; of the other keys of 128: kNone << 1; of other rows: two bits each.
   kNone = 256,
+  // They see some of these keys, or not all of them do, in the same order.
+  kSome = kNone << 6,
 };
 
 __device__ __forceinline__ TileNote note_of_lane(const TileNote& note, int lane) {
@@ -153,6 +155,7 @@ class Producer {
       visible = visible || view != TileView::kNothing;
       if (view != TileView::kAll) note.flags |= kHide << group;
       if (view == TileView::kNothing) note.flags |= kNone << 2 * group + half;
+      if (view == TileView::kSome) note.flags |= kSome << 2 * group + half;
     }
     if (!visible) return false;
     const int keys = call_.p.shape.keys;
