@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sage_jax import _batching, _compat, _refusal, _sharding, _workspace, nvfp4, reference
-from sage_jax.masking import Masks, no_masks, of_pairs
+from sage_jax.masking import TILE, Masks, no_masks, of_pairs, tiles
 from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import Recipe, padded_head_dim
 
@@ -147,8 +147,8 @@ def _result_types(name, settings: Settings, operands):
     padded = padded_head_dim(settings.head_dim)
     if name == "quantize_kv":
         B, S, K, _ = operands[0].shape
-        tiles = -(-S // 64)
-        plain, turned = (B, K, S, padded), (B, K, padded, tiles * 64)
+        count = tiles(S)
+        plain, turned = (B, K, S, padded), (B, K, padded, count * TILE)
         v_pv = {
             "e4m3": (turned, jnp.float8_e4m3fn),
             "f16": (plain, jnp.float16),
@@ -158,13 +158,13 @@ def _result_types(name, settings: Settings, operands):
         v_dp = {None: (none, jnp.int8), "int8": (plain, jnp.int8), "bf16": (plain, jnp.bfloat16)}
         return (
             (plain, jnp.int8),
-            ((B, K, tiles), jnp.float32),
+            ((B, K, count), jnp.float32),
             ((B, K, padded), jnp.float32),
             v_pv,
-            ((B, K, tiles) if recipe.pv == "int8" else (B, K, padded), jnp.float32),
+            ((B, K, count) if recipe.pv == "int8" else (B, K, padded), jnp.float32),
             ((B, K, padded), jnp.float32),
             v_dp[settings.dp],
-            ((B, K, tiles) if settings.dp == "int8" else none, jnp.float32),
+            ((B, K, count) if settings.dp == "int8" else none, jnp.float32),
             ((B, K, padded) if settings.dp else none, jnp.float32),
             ((B, K) if settings.dp else none, jnp.float32),
         )

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import math
 
-TILE = 64
+from sage_jax.masking import TILE, tiles
+
 ALIGNMENT = 256
 _BYTES = {"s8": 1, "u8": 1, "e4m3": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
-
-
-def _tiles(tokens: int) -> int:
-    return -(-tokens // TILE)
 
 
 def _total(rows) -> int:
@@ -30,7 +27,7 @@ def _total(rows) -> int:
 def strands(B: int, S: int, K: int, Hp: int) -> int:
     """Blocks that share the tiles of a key head, a power of two. The rule is that of `cuda/quantize/strands.cuh`."""
     count = 1
-    while count < 16 and 2 * count <= _tiles(S) and B * K * 2 * count * Hp <= 256 * 128:
+    while count < 16 and 2 * count <= tiles(S) and B * K * 2 * count * Hp <= 256 * 128:
         count *= 2
     return count
 
@@ -56,12 +53,12 @@ def mask_rows(B: int, T: int, S: int, mask_shape, segments: bool, mask_tile: int
       mask_tile: 64 for a block mask, which needs no summary.
     """
     summary = mask_shape if mask_tile == 1 else (0, 0, 0, 0)
-    q, kv = (_tiles(T), _tiles(S)) if segments else (0, 0)
+    q, kv = (tiles(T), tiles(S)) if segments else (0, 0)
     return (
         ("q_seg_range", "s32", (B, q, 2)),  # smallest and largest id of each tile of 64 queries
         ("kv_seg_range", "s32", (B, kv, 2)),
         # 0 where a tile of 64 × 64 entries is all False, 2 where all are True, else 1
-        ("mask_tiles", "u8", (*summary[:2], *(_tiles(n) for n in summary[2:]))),
+        ("mask_tiles", "u8", (*summary[:2], *(tiles(n) for n in summary[2:]))),
     )
 
 
@@ -69,11 +66,11 @@ def decode_rows(B: int, T: int, S: int, N: int, K: int, Hp: int):
     """Rows that hold the parts of an attention whose keys are split among blocks: few queries, many keys, no dense mask,
     no segments, values in e4m3 (float32 sums), f16 or bf16. The rule is that of `cuda/common/decode.h`.
     """
-    tiles = _tiles(S)
-    if not (0 < T <= 16 and tiles >= 16 and Hp <= 128 and B > 0 and K > 0):
+    count = tiles(S)
+    if not (0 < T <= 16 and count >= 16 and Hp <= 128 and B > 0 and K > 0):
         return ()
     blocks = B * K * -(-(N // K * T) // 16)
-    splits = min(max(256 // blocks, 1), tiles // 4)
+    splits = min(max(256 // blocks, 1), count // 4)
     if splits == 1:
         return ()
     return (
@@ -90,7 +87,7 @@ def attend_backward_rows(
 
     `x`, `y`, `z` are the transposed 8-bit operands of dV, dK and dQ: e4m3 for train8, INT8 codes for sagebwd.
     """
-    Tp, Sp = _tiles(T) * TILE, _tiles(S) * TILE
+    Tp, Sp = tiles(T) * TILE, tiles(S) * TILE
     gradient = "e4m3" if backward == 0 else "s8"
     return (
         ("terms", "f32", (B, N, Tp, 4)),  # per query: score factor, m, dP factor, delta
@@ -109,11 +106,11 @@ def attend_backward_rows(
 def quantize_kv_fp4_rows(B: int, S: int, K: int, Hp: int):
     """Rows of the workspace of `sage_jax_quantize_kv_fp4`: partial reductions over tiles of 64 keys, of K and then of V."""
     return (
-        ("sums", "f32", (2, B, K, _tiles(S), Hp)),
-        ("max", "f32", (2, B, K, _tiles(S), Hp)),
-        ("min", "f32", (2, B, K, _tiles(S), Hp)),
+        ("sums", "f32", (2, B, K, tiles(S), Hp)),
+        ("max", "f32", (2, B, K, tiles(S), Hp)),
+        ("min", "f32", (2, B, K, tiles(S), Hp)),
         ("amax", "f32", (2, B, K, Hp)),  # of what is left without the mean, over the sequence
-        ("used", "s32", (B, K, _tiles(S))),  # tokens counted per tile
+        ("used", "s32", (B, K, tiles(S))),  # tokens counted per tile
     )
 
 

@@ -26,8 +26,6 @@ Shapes: B batch, T new tokens, S capacity, N query heads, K key/value heads, H h
 from __future__ import annotations
 
 import itertools
-import numbers
-import operator
 from typing import NamedTuple
 
 import jax
@@ -36,6 +34,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sage_jax import support
 from sage_jax.masking import OPEN, clipped
 from sage_jax.quantization import int8_codes, scale_and_inverse
 
@@ -198,13 +197,15 @@ def attend(
       overfull cache are NaN.
 
     Raises:
-      ValueError: a shape or type does not fit, or the window is negative.
+      ValueError: a shape or type does not fit, the window is negative, or scale is not finite.
       TypeError: is_causal is not a bool, or scale is neither a number nor an array.
     """
-    if not isinstance(is_causal, (bool, np.bool_)):
-        raise TypeError(f"is_causal should be True or False, but got {is_causal!r}.")
-    left, right = _window(local_window_size)
-    right = min(right, 0) if is_causal else right
+    support.check_flag("is_causal", is_causal)
+    left, right = support.window(local_window_size, is_causal)
+    if left < 0 or right < 0:
+        raise ValueError(
+            f"local_window_size={local_window_size!r} has a negative side; use numbers from 0 up, or None for an open side."
+        )
     _check_query(cache, query, mask)
     batch, tokens, heads, head_dim = query.shape
     if positions is None:
@@ -212,10 +213,12 @@ def attend(
         positions = jnp.reshape(cache.length, (-1, 1)) + positions
     else:
         shapes = ((tokens,), (batch, tokens), (1, tokens))
-        positions = _integers("positions", positions, shapes, "give one place for each query")
+        support.check_integers("positions", positions, shapes, "give one place for each query")
         positions = clipped(positions, -OPEN, OPEN)
     positions = jnp.broadcast_to(positions, (batch, tokens))
-    scale = _scalar(head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    support.check_scale(scale)
+    scale = jnp.asarray(scale, jnp.float32)
     if mask is not None:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
@@ -345,25 +348,6 @@ def _write(buffer, new, place):
     return jax.vmap(jax.vmap(head))(buffer, new, place)
 
 
-def _window(local_window_size) -> tuple[int, int]:
-    """(left, right) with `OPEN` for an open side."""
-    given = local_window_size
-    pair = given if isinstance(given, (tuple, list)) else (given, given)
-    try:
-        left, right = (OPEN if side is None else operator.index(side) for side in pair)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"local_window_size={given!r} is not supported; give one int, or (left, right) where "
-            "None leaves a side open."
-        ) from None
-    if left < 0 or right < 0:
-        raise ValueError(
-            f"local_window_size={given!r} has a negative side; use numbers from 0 "
-            "up, or None for an open side."
-        )
-    return left, right
-
-
 def _check_tokens(cache, key, value):
     batch, kv_heads, _, head_dim = cache.k8.shape
     for name, x in (("key", key), ("value", value)):
@@ -389,7 +373,7 @@ def _counts(lengths, cache, tokens):
             "init_cache(..., ragged=True)."
         )
     shapes = ((cache.k8.shape[0],),)
-    lengths = _integers("lengths", lengths, shapes, "give one count for each batch row")
+    support.check_integers("lengths", lengths, shapes, "give one count for each batch row")
     return clipped(lengths, 0, tokens)
 
 
@@ -413,42 +397,6 @@ def _known(counts):
     if traced or not getattr(counts, "is_fully_addressable", True):
         return [0]
     return np.ravel(np.asarray(counts)).tolist()
-
-
-def _integers(name, x, shapes, advice):
-    """x as a JAX or NumPy array, if it has an integer type and one of the shapes."""
-    given = type(x).__name__
-    try:
-        x = x if isinstance(x, jax.Array) else np.asarray(x)
-    except jax.errors.TracerArrayConversionError:  # a list with traced numbers
-        x = jnp.asarray(x)
-    except (TypeError, ValueError):  # lists of several lengths
-        x = None
-    if x is not None:
-        given = f"{x.dtype} {list(x.shape)}"
-    if x is None or x.shape not in shapes or not jnp.issubdtype(x.dtype, jnp.integer):
-        wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(
-            f"{name} should be an integer array of shape {wanted}, but got {given}; {advice}."
-        )
-    return x
-
-
-def _scalar(scale):
-    """scale as a float32 scalar array."""
-    is_array = hasattr(scale, "shape") and hasattr(scale, "dtype")
-    if is_array:
-        real = any(jnp.issubdtype(scale.dtype, kind) for kind in (jnp.floating, jnp.integer))
-    else:
-        real = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
-    if not real:
-        raise TypeError(f"scale should be a real number or a scalar array, but got {scale!r}.")
-    if is_array and scale.shape != ():
-        raise ValueError(
-            f"scale should be a scalar, but got an array of shape {list(scale.shape)}; multiply "
-            "the queries by it where it differs among them."
-        )
-    return jnp.asarray(scale, jnp.float32)
 
 
 def _check_query(cache, query, mask):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 OPEN = 2**30  # a window edge that excludes nothing
-TILE = 64  # queries and keys for which one entry of a block mask stands
+TILE = 64  # tokens of a tile: keys that share an INT8 scale, queries or keys that share an entry of a block mask
 
 
 class Masks(NamedTuple):
@@ -47,11 +47,21 @@ def no_masks(batch: int, queries: int, keys: int) -> Masks:
     )
 
 
+def as_array(x) -> jax.Array | np.ndarray:
+    """x as it is if JAX made it, otherwise as a NumPy array, in which wide integers stay what they are."""
+    if isinstance(x, jax.Array):
+        return x
+    try:
+        return np.asarray(x)
+    except jax.errors.TracerArrayConversionError:  # a list with traced numbers
+        return jnp.asarray(x)
+
+
 def clipped(x, low: int, high: int) -> jax.Array | np.ndarray:
     """Integers of any type clipped to [low, high], as int32. Nothing wraps on the way: narrow types are widened before, wide
     ones narrowed after, those of NumPy arrays and lists before JAX makes int32 of them.
     """
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    x = as_array(x)
     x = x.astype(np.int32) if x.dtype.itemsize < 4 else x
     low = max(low, int(jnp.iinfo(x.dtype).min))  # of unsigned types
     clip = jnp.clip if isinstance(x, jax.Array) else np.clip

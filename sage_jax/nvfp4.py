@@ -21,8 +21,7 @@ from sage_jax import fp4_formats as fp4
 from sage_jax import masking
 from sage_jax import quantization as qz
 from sage_jax.fp4_formats import Blocks
-from sage_jax.masking import Masks
-from sage_jax.quantization import TILE
+from sage_jax.masking import TILE, Masks
 from sage_jax.recipe import padded_head_dim
 from sage_jax.reference import (
     F32,
@@ -317,7 +316,7 @@ def result_types(name, operands, fmt, head_dim, dtype):
     if name == "quantize_kv_fp4":
         S, K = T, N
         tensor, mean = ((B, K), F32), ((B, K, padded), F32)
-        keys, values = blocks(B, K, S, padded), blocks(B, K, padded, -(-S // TILE) * TILE)
+        keys, values = blocks(B, K, S, padded), blocks(B, K, padded, masking.tiles(S) * TILE)
         return (*keys, tensor, mean, *values, tensor, mean)
     if name == "quantize_q_fp4":
         tiles, keys = -(-T // Q_TILE), operands[1].shape[1]

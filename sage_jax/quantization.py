@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-TILE = 64  # keys that share an INT8 scale
+from sage_jax.masking import TILE
+
 SMALL_MEAN = np.float32(256.0)  # see without_small
 TINY = np.float32(2.0**-110)  # groups whose largest magnitude is below this are zero
 PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], np.int32)

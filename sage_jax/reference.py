@@ -17,7 +17,8 @@ from jax import lax
 
 from sage_jax import masking
 from sage_jax import quantization as qz
-from sage_jax.quantization import TILE, QuantizedKV, QuantizedQ
+from sage_jax.masking import TILE
+from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import padded_head_dim
 
 LOG2E = np.float32(1.4426950408889634)

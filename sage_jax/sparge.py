@@ -3,9 +3,9 @@
     mask = sage_jax.sparge.block_mask(q, k, is_causal=True)
     out = sage_jax.dot_product_attention(q, k, v, is_causal=True, block_mask=mask)
 
-Tiles of 64 queries and of 64 keys whose tokens are alike are represented by their means; the softmax of the means' scores says where
-each block of queries looks. Blocks of little mass are not computed at all, in the forward pass and, in training, in the
-backward pass. Softmax runs over those that stay: what is lost is the share of probability that the others hold.
+Tiles of 64 queries and of 64 keys whose tokens are alike are represented by their means; the softmax of the means' scores
+says where each block of queries looks. Blocks of little mass are not computed at all, in the forward pass and, in training,
+in the backward pass. Softmax runs over those that stay: what is lost is the share of probability that the others hold.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head dimension.
 """
@@ -146,7 +146,9 @@ def block_mask(
 
 
 def _tiles(x, threshold):
-    """Means [B, heads, tiles, H] of tiles of x [B, tokens, heads, H], and whether they stand for the tokens, bool [B, heads, tiles]."""
+    """Means [B, heads, tiles, H] of tiles of x [B, tokens, heads, H], and whether they stand for the tokens, bool
+    [B, heads, tiles].
+    """
     tokens, count = x.shape[1], masking.tiles(x.shape[1])
     x = jnp.pad(x.astype(F32), ((0, 0), (0, count * masking.TILE - tokens), (0, 0), (0, 0)))
     x = x.reshape(x.shape[0], count, masking.TILE, *x.shape[2:])

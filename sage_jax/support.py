@@ -69,17 +69,10 @@ def plan(
       ValueError, TypeError: one sentence: what was given, what is supported, what to do.
       ImportError: the native module that the call needs was not built.
     """
-    _check_names(implementation, platform)
+    check_names(implementation, platform, causal_alignment)
     query, key, value = map(_shaped, ("query", "key", "value"), (query, key, value))
     bias, mask = map(_optional, ("bias", "mask"), (bias, mask))
     block_mask = _optional("block_mask", block_mask)
-    query_seq_lengths = _optional("query_seq_lengths", query_seq_lengths)
-    key_value_seq_lengths = _optional("key_value_seq_lengths", key_value_seq_lengths)
-    segments = {
-        "query_segment_ids": query_segment_ids,
-        "key_value_segment_ids": key_value_segment_ids,
-    }
-    query_segment_ids, key_value_segment_ids = map(_optional, segments, segments.values())
     B, T, N, S, _, H = _check_shapes(query, key, value)
     dtype = _check_dtypes(query, key, value)
     _check_logit_array("bias", bias, (B, N, T, S))
@@ -99,33 +92,23 @@ def plan(
             "mask as mask=."
         )
     three = len(query.shape) == 3
-    _check_integers("query_seq_lengths", query_seq_lengths, [(B,)])
-    _check_integers("key_value_seq_lengths", key_value_seq_lengths, [(B,)])
-    _check_integers("query_segment_ids", query_segment_ids, [(B, T)] + [(T,)] * three)
-    _check_integers("key_value_segment_ids", key_value_segment_ids, [(B, S)] + [(S,)] * three)
-    for name, ids in segments.items():
+    lengths = {"query_seq_lengths": query_seq_lengths, "key_value_seq_lengths": key_value_seq_lengths}
+    for name, given in lengths.items():
+        check_integers(name, given, [(B,)], "give one length for each batch row")
+    segments = {"query_segment_ids": (query_segment_ids, T), "key_value_segment_ids": (key_value_segment_ids, S)}
+    for name, (ids, tokens) in segments.items():
+        check_integers(name, ids, [(B, tokens)] + [(tokens,)] * three, "give one id for each token")
         _check_range(name, ids)
     if (query_segment_ids is None) != (key_value_segment_ids is None):
         given = "query_segment_ids" if key_value_segment_ids is None else "key_value_segment_ids"
         raise ValueError(
-            f"only {given} was given; packed sequences need both query_segment_ids and "
-            f"key_value_segment_ids (the same array "
-            "twice for self-attention)."
+            f"only {given} was given; packed sequences need both query_segment_ids and key_value_segment_ids (the "
+            "same array twice for self-attention)."
         )
-    if causal_alignment not in ALIGNMENTS:
-        raise ValueError(
-            f"causal_alignment={causal_alignment!r} is not supported; choose 'top_left' (as "
-            f"jax.nn does) or 'bottom_right'."
-        )
-    flags = {
-        "is_causal": is_causal,
-        "return_residual": return_residual,
-        "deterministic": deterministic,
-    }
-    for name, flag in flags.items():
-        if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"{name} should be True or False, but got {flag!r}.")
-    left, right = _window(local_window_size, is_causal)
+    check_flag("is_causal", is_causal)
+    check_flag("return_residual", return_residual)
+    check_flag("deterministic", deterministic)
+    left, right = window(local_window_size, is_causal)
     scale, fold_scale = _scale(scale, H)
     chosen = recipes.resolve(recipe)
     named = implementation in _ffi.PLATFORMS
@@ -151,7 +134,7 @@ def _shaped(name, x):
     if hasattr(x, "shape") and not isinstance(x, (np.ndarray, np.generic)):
         return x
     try:
-        array = np.asarray(x)
+        array = masking.as_array(x)
         if array.dtype.kind in "OSU":
             raise TypeError
         return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
@@ -167,11 +150,7 @@ def _optional(name, x):
 
 def _check_shapes(query, key, value):
     """(B, T, N, S, K, H)"""
-    for name, x, letters in (
-        ("query", query, "T, N"),
-        ("key", key, "S, K"),
-        ("value", value, "S, K"),
-    ):
+    for name, x, letters in (("query", query, "T, N"), ("key", key, "S, K"), ("value", value, "S, K")):
         if len(x.shape) not in (3, 4):
             raise ValueError(
                 f"{name} has shape {x.shape}; supported are [B, {letters}, H] and [{letters}, H]: "
@@ -197,9 +176,8 @@ def _check_shapes(query, key, value):
         )
     if not 1 <= H <= MAX_HEAD_DIM:
         raise ValueError(
-            f"head dimension {H} is not supported; it must lie between 1 and {MAX_HEAD_DIM}: use "
-            f"more, smaller heads, or "
-            "jax.nn.dot_product_attention."
+            f"head dimension {H} is not supported; it must lie between 1 and {MAX_HEAD_DIM}: use more, smaller "
+            "heads, or jax.nn.dot_product_attention."
         )
     return B, T, N, S, K, H
 
@@ -242,15 +220,25 @@ def _is_real(dtype):
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def _check_integers(name, x, shapes):
+def check_integers(name, x, shapes, advice):
+    """Raises ValueError unless x is None, or an integer array or list of one of the shapes."""
     if x is None:
         return
-    if tuple(x.shape) not in shapes or not jnp.issubdtype(x.dtype, jnp.integer):
+    given = type(x).__name__
+    try:
+        x = _shaped(name, x)
+        given = f"{x.dtype} {tuple(x.shape)}"
+    except TypeError:  # no numbers, or lists of several lengths
+        x = None
+    if x is None or tuple(x.shape) not in shapes or not jnp.issubdtype(x.dtype, jnp.integer):
         wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
-        raise ValueError(
-            f"{name} should be an integer array of shape {wanted}, but got {x.dtype} "
-            f"{tuple(x.shape)}."
-        )
+        raise ValueError(f"{name} should be an integer array of shape {wanted}, but got {given}; {advice}.")
+
+
+def check_flag(name, flag):
+    """Raises TypeError for what is neither True nor False."""
+    if not isinstance(flag, (bool, np.bool_)):
+        raise TypeError(f"{name} should be True or False, but got {flag!r}.")
 
 
 def _check_range(name, ids):
@@ -259,7 +247,8 @@ def _check_range(name, ids):
     """
     if ids is None:
         return
-    if hasattr(ids, "dtype") and not isinstance(ids, (np.ndarray, np.generic)):
+    ids = ids if hasattr(ids, "dtype") else masking.as_array(ids)
+    if not isinstance(ids, (np.ndarray, np.generic)):
         fits, given = np.can_cast(ids.dtype, np.int32), f"dtype {ids.dtype}"
     else:
         least, most = np.min(ids, initial=0), np.max(ids, initial=0)
@@ -271,7 +260,7 @@ def _check_range(name, ids):
         )
 
 
-def _window(size, is_causal):
+def window(size, is_causal):
     """(left, right) window edges; OPEN where nothing is excluded."""
     pair = (None, None) if size is None else size
     try:
@@ -291,15 +280,30 @@ def _scale(scale, head_dim):
     """(static softmax scale, whether the given one must be multiplied into the queries instead)"""
     if scale is None:
         return 1.0 / math.sqrt(head_dim), False
+    check_scale(scale)
+    if not _is_static(scale) or not np.float32(scale) > 0:
+        return 1.0, True
+    return float(scale), False
+
+
+def _is_static(scale):
+    return isinstance(scale, (numbers.Real, np.ndarray)) and not isinstance(scale, jax.Array)
+
+
+def check_scale(scale):
+    """Raises for what is no scalar real number, and for a number, not one in a JAX array, that is not finite."""
     dtype = getattr(scale, "dtype", None)
     real = isinstance(scale, numbers.Real) if dtype is None else _is_real(dtype)
     if isinstance(scale, bool) or not real:
         given = repr(scale) if dtype is None else f"an array of {dtype}"
         raise TypeError(f"scale should be a number or a scalar array of real numbers, but got {given}.")
     if hasattr(scale, "shape") and tuple(scale.shape) != ():
-        raise ValueError(f"scale should be a scalar, but got an array of shape {scale.shape}.")
-    if isinstance(scale, jax.Array) or not isinstance(scale, (numbers.Real, np.ndarray)):
-        return 1.0, True
+        raise ValueError(
+            f"scale should be a scalar, but got an array of shape {tuple(scale.shape)}; multiply the queries by it "
+            "where it differs among them."
+        )
+    if not _is_static(scale):
+        return
     try:
         # The softmax works with powers of two.
         finite = abs(float(scale)) * math.log2(math.e) <= float(np.finfo(np.float32).max)
@@ -310,13 +314,10 @@ def _scale(scale, head_dim):
             f"scale={scale!r} times log2(e) is not finite in float32, the type of the softmax; leave "
             "it out for 1/sqrt(head dimension)."
         )
-    if not np.float32(scale) > 0:
-        return 1.0, True
-    return float(scale), False
 
 
-def _check_names(implementation, platform):
-    """Raises for an implementation or a platform that does not exist."""
+def check_names(implementation, platform=None, causal_alignment=ALIGNMENTS[0]):
+    """Raises for an implementation, a platform or an alignment that does not exist."""
     if not isinstance(implementation, (str, type(None))):
         raise TypeError(
             f"implementation should be a name or None, but got {implementation!r}; choose one of "
@@ -324,8 +325,7 @@ def _check_names(implementation, platform):
         )
     if implementation in ("xla", "cudnn"):
         raise ValueError(
-            f"implementation={implementation!r} names an exact kernel of JAX, not an 8-bit one; "
-            f"call "
+            f"implementation={implementation!r} names an exact kernel of JAX, not an 8-bit one; call "
             f"jax.nn.dot_product_attention(..., implementation={implementation!r}) for it."
         )
     if implementation not in (None, *_ffi.IMPLEMENTATIONS):
@@ -339,6 +339,11 @@ def _check_names(implementation, platform):
                 f"platform={platform!r} is unknown; choose one of {_names(JAX_PLATFORMS)}, or None "
                 "for JAX's default one."
             )
+    if causal_alignment not in ALIGNMENTS:
+        raise ValueError(
+            f"causal_alignment={causal_alignment!r} is not supported; choose 'top_left' (as jax.nn does) or "
+            "'bottom_right'."
+        )
 
 
 def _names(choices):
@@ -351,17 +356,14 @@ def _check_implementation(implementation, has_bias, platform):
         raise ValueError(_ffi.NO_BIAS_ON_CUDA)
     if on_gpu and implementation in (None, "cuda") and _ffi.load("cuda") is None:
         raise ImportError(
-            "JAX runs on a GPU, but this installation of sage_jax has no CUDA kernels; reinstall "
-            "it with nvcc in reach (set "
-            "SAGE_JAX_CUDA=ON to see what is missing), or choose implementation='cpu' or "
-            "'reference', or start JAX with "
-            "JAX_PLATFORMS=cpu."
+            "JAX runs on a GPU, but this installation of sage_jax has no CUDA kernels; reinstall it with nvcc in "
+            "reach (set SAGE_JAX_CUDA=ON to see what is missing), or choose implementation='cpu' or 'reference', or "
+            "start JAX with JAX_PLATFORMS=cpu."
         )
     if implementation == "cpu" and _ffi.load("cpu") is None:
         raise ImportError(
-            "implementation='cpu' needs sage_jax's native CPU module, which this installation "
-            "lacks; install the package with "
-            "pip (a C++17 compiler is enough), or use implementation='reference'."
+            "implementation='cpu' needs sage_jax's native CPU module, which this installation lacks; install the "
+            "package with pip (a C++17 compiler is enough), or use implementation='reference'."
         )
 
 
@@ -391,9 +393,7 @@ def _native_platform(platform=None):
     return "cuda" if platform == "gpu" else platform
 
 
-def supports(
-    *args, differentiate: bool = False, platform: str | None = None, **kwargs
-) -> str | None:
+def supports(*args, differentiate: bool = False, platform: str | None = None, **kwargs) -> str | None:
     """Whether `dot_product_attention(*args, **kwargs)` would run.
 
     Args:

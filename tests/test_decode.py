@@ -456,17 +456,18 @@ def test_tokens_and_channels_of_a_cache_stay_whole():
         ("mask should be bool", lambda c, x: decode.attend(c, x, mask=jnp.ones((2, 2, 4, 8)))),
         ("mask should be", lambda c, x: decode.attend(c, x, mask=jnp.ones((2, 2, 4, 4), bool))),
         ("positions should", lambda c, x: decode.attend(c, x, positions=jnp.arange(3))),
-        ("got float32 .4.; give", lambda c, x: decode.attend(c, x, positions=x[0, :, 0, 0])),
-        ("got float64 .4.; give one place", lambda c, x: decode.attend(c, x, positions=[0.5] * 4)),
+        ("got float32 .4,.; give", lambda c, x: decode.attend(c, x, positions=x[0, :, 0, 0])),
+        ("got float32 .4,.; give one place", lambda c, x: decode.attend(c, x, positions=[0.5] * 4)),
         ("got list; give one place", lambda c, x: decode.attend(c, x, positions=[[1], [1, 2]])),
         ("is_causal should be", lambda c, x: decode.attend(c, x, is_causal=jnp.array(True))),
         ("is_causal should be", lambda c, x: decode.attend(c, x, is_causal=1)),
         ("is_causal should be", lambda c, x: decode.attend(c, x, is_causal="no")),
         ("scale should be a scalar", lambda c, x: decode.attend(c, x, scale=jnp.ones(8))),
         ("scale should be a scalar", lambda c, x: decode.attend(c, x, scale=np.ones((1,)))),
-        ("scale should be a real", lambda c, x: decode.attend(c, x, scale=[0.1])),
-        ("scale should be a real", lambda c, x: decode.attend(c, x, scale=True)),
-        ("scale should be a real", lambda c, x: decode.attend(c, x, scale=jnp.array(1j))),
+        ("scale should be a number", lambda c, x: decode.attend(c, x, scale=[0.1])),
+        ("scale should be a number", lambda c, x: decode.attend(c, x, scale=True)),
+        ("an array of complex64", lambda c, x: decode.attend(c, x, scale=jnp.array(1j))),
+        ("scale=nan times", lambda c, x: decode.attend(c, x, scale=np.nan)),
         ("negative side", lambda c, x: decode.attend(c, x, local_window_size=(-1, 0))),
         ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=1.5)),
         ("give one int, or", lambda c, x: decode.attend(c, x, local_window_size=(1, 2, 3))),
@@ -483,16 +484,16 @@ def test_bad_arguments_are_refused_in_one_sentence(message, call):
 @pytest.mark.parametrize(
     "given,lengths",
     [
-        ("float32 .2.", jnp.array([1.0, 2.5])),
-        ("float64 .2.", [1.0, 2.5]),
-        ("bool .2.", [True, False]),
-        ("int32 .3.", jnp.array([1, 2, 3])),
-        ("int64 ..", 3),
+        ("float32 .2,.", jnp.array([1.0, 2.5])),
+        ("float32 .2,.", [1.0, 2.5]),
+        ("bool .2,.", [True, False]),
+        ("int32 .3,.", jnp.array([1, 2, 3])),
+        ("int32 ..", 3),
         ("list", [[1], [2, 3]]),
     ],
 )
 def test_lengths_that_are_no_counts_are_refused(given, lengths):
     x, cache = jnp.zeros((2, 4, 2, 64)), decode.init_cache(2, 8, 2, 64, ragged=True)
-    message = f"lengths should be an integer array of shape .2., but got {given}; give one count"
+    message = f"lengths should be an integer array of shape .2,., but got {given}; give one count"
     with pytest.raises(ValueError, match=message):
         decode.append(cache, x, x, lengths=lengths)

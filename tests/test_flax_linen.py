@@ -147,6 +147,12 @@ def test_grouped_heads_cross_attention_and_lengths():
     assert error(apply(ours, params, x, y, mask=mask.astype(float)), exact) < BOUND
 
 
+@pytest.mark.parametrize("options", [dict(implementation="nope"), dict(recipe="nope")], ids=str)
+def test_what_does_not_exist_is_refused_when_made(options):
+    with pytest.raises(ValueError, match="'nope' is unknown; choose one of"):
+        sage_layer(**options)
+
+
 def test_dtype_and_param_dtype():
     layer = sage_layer(dtype=jnp.bfloat16, param_dtype=jnp.float16, normalize_qk=True)
     x = normal(0, B, T, F)

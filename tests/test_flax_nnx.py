@@ -141,6 +141,19 @@ def test_adapters_are_shared_between_equal_arguments_only():
             attention_fn(**settings)
 
 
+@pytest.mark.parametrize("make", [attention_fn, sage_layer])
+@pytest.mark.parametrize("name", ["nope", "xla"])
+def test_what_does_not_exist_is_refused_when_made(make, name):
+    q = normal(0, 1, 4, 1, H)
+    with pytest.raises(ValueError) as raised:
+        make(implementation=name)
+    assert str(raised.value) == sage_jax.supports(q, q, q, implementation=name)
+    with pytest.raises(ValueError, match="recipe='nope' is unknown"):
+        make(recipe="nope")
+    with pytest.raises(ValueError, match="causal_alignment='nope' is not supported"):
+        attention_fn(causal_alignment="nope")
+
+
 def test_a_window_may_be_a_list():
     x = normal(0, B, T, F)
     listed, paired = (sage_layer(local_window_size=w) for w in ([3, 0], (3, 0)))
@@ -429,6 +442,22 @@ def test_decode_with_batch_axes_masks_and_view():
     assert error(jnp.concatenate(out, -2), exact) < CACHE_BOUND
     with pytest.raises(ValueError, match="needs batch_size and max_length"):
         nnx.view(layer, decode=True)
+
+
+def test_views_of_other_sizes_have_an_empty_cache_of_their_own():
+    layer = sage_layer(decode=True)
+    layer.init_cache((B, 4, F), ragged=True)
+    step(layer, normal(0, B, 3, F))
+    same = [nnx.view(layer, decode=True), nnx.view(layer, decode=True, batch_size=(1, B), max_length=4)]
+    assert all(view.cache_index is layer.cache_index for view in same)
+    for sizes in (dict(decode=True, batch_size=3, max_length=4), dict(batch_size=(3,)), dict(max_length=9)):
+        view = nnx.view(layer, **sizes)
+        batch = 3 if "batch_size" in sizes else B
+        assert view.cached_key.shape == (batch, N, sizes.get("max_length", 4), H)
+        np.testing.assert_array_equal(view.cache_index[...], [0] * batch)
+        step(view, normal(1, batch, 4, F))
+    np.testing.assert_array_equal(layer.cache_index[...], [3] * B)
+    assert nnx.view(layer, decode=False, batch_size=3).cache_index is layer.cache_index
 
 
 def test_decode_refuses_what_it_has_no_use_for():

@@ -18,7 +18,6 @@ from test_gpu import (
     assert_agree,
     attend_operands,
     backward_operands,
-    by_name,
     forward_on_host,
     gradient_bound,
     on_gpu,
@@ -86,7 +85,7 @@ def stretches(tiles):
     return np.select([row % 4 == i for i in range(4)], seen, False)
 
 
-@pytest.mark.parametrize("recipe", [TRAIN8, EXACT_DELTA], ids=by_name)
+@pytest.mark.parametrize("recipe", [TRAIN8, EXACT_DELTA, TRAIN8.replace(pv="bf16")], ids=["train8", "delta=exact", "pv=bf16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rows_that_see_nothing_beside_others_that_do(head_dim, recipe):
     """A warpgroup passes over tiles of which none of its 64 rows, or keys, sees anything: before its sums are first moved to

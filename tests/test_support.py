@@ -117,6 +117,14 @@ def test_supports_takes_the_lists_and_numpy_arrays_that_the_function_takes():
     assert sage_jax.explain(*plain, **masks).recipe.name == "sage2"
     assert_same_bits(attend(*plain, **masks), attend(*x, **masks))
     assert "integer array of shape (2,)" in sage_jax.supports(*x, query_seq_lengths=[1.5, 2.5])
+    assert "got list; give one length" in sage_jax.supports(*x, query_seq_lengths=[[1], [2, 3]])
+
+
+def test_lists_may_hold_traced_numbers():
+    x = inputs()
+    masks = lambda n: dict(query_seq_lengths=[n, 4], key_value_seq_lengths=[5, n])
+    out = jax.jit(lambda n: attend(*x, **masks(n), implementation="reference"))(3)
+    assert_same_bits(out, attend(*x, **masks(3), implementation="reference"))
 
 
 def test_segment_ids_of_wide_types_are_refused_and_small_ones_in_numpy_taken():

@@ -51,7 +51,7 @@ __device__ __forceinline__ void compute_delta(const DqCall& call, unsigned char*
       const Line score[2] = {at.score_line(0, note), at.score_line(1, note)};
       float products[2] = {};
       if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
-        add_products<true>(products, s, d, score, at.seen(note, group, shared + stage_at));
+        add_products<true>(products, s, d, score, at.seen(note, shared + stage_at));
       } else {
         add_products<false>(products, s, d, score, 0);
       }

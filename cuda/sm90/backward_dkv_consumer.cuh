@@ -116,11 +116,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
         const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
                                static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
-        uint32_t seen = 0;
-        if (!(flags & (Config::kNone << group))) {
-          seen = seen_of_keys(slot.mask, slot.row + upper, from_lane_0(note.key) * kGradientTile, sound, t,
-                              MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))).dense);
-        }
+        const uint32_t seen = seen_of_keys(slot.mask, slot.row + upper, from_lane_0(note.key) * kGradientTile, sound, t,
+                                           MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))).dense);
         hide_codes(p_operand, seen);
         hide_codes(g_operand, seen);
       }
@@ -164,7 +161,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::keep_in_registers(dv);
     if (under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
     if (flags & Config::kStop) break;
-    // A tile of which the warpgroup sees nothing adds nothing.
+    // A tile of which the warpgroup sees nothing adds nothing to dK and dV. Its codes of G are zeros, which the others' product
+    // for dQ reads; and the warpgroup's part in an earlier tile's dQ is due here as well.
     const int stage = static_cast<int>(count % Config::kStages);
     release(base + Config::scores_empty(stage));
     if constexpr (kWithDq) {

@@ -210,8 +210,7 @@ struct QueryTurn {
     multiply_scores<Config::kHeadDim>(d, queries + Config::kRowsBytes / 16, tile + Config::kTileBytes / 16);
   }
   // Which of the thread's values of a tile count; `keys` are the codes of its keys.
-  __device__ __forceinline__ uint32_t seen(const TileNote& note, int group, const unsigned char* keys) const {
-    if (note.flags & (Config::kNone << group)) return 0;
+  __device__ __forceinline__ uint32_t seen(const TileNote& note, const unsigned char* keys) const {
     return seen_of_queries<SharedTile<8, Config::kHeadDim>>(slot.mask, slot.row + row, note.key * kGradientTile,
                                                             note.flags & Config::kBadKeys, keys, threadIdx.x % 4);
   }
@@ -271,7 +270,7 @@ __device__ __forceinline__ void compute_dq(const DqCall& call, unsigned char* sh
         E4m3Values::pack(operand + 2 * c, x);
       }
       if (__builtin_expect(note.flags & (Config::kHide << group), 0)) {
-        hide_codes(operand, at.seen(note, group, shared + Config::kStagesAt + stage * Config::kStageBytes));
+        hide_codes(operand, at.seen(note, shared + Config::kStagesAt + stage * Config::kStageBytes));
       }
       ptx::keep_in_registers(operand);
       ptx::wgmma_fence();

@@ -248,7 +248,6 @@ class Consumer {
     release(Config::k_empty(stage_));
 #pragma unroll
     for (uint32_t& p : p0_) p = 0;
-    shrink_.any = false;
   }
 
   // The least that a row's reference may be in the next tile, by what is known before its scores are there.

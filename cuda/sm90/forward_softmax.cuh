@@ -13,7 +13,8 @@ namespace sage::sm90 {
 
 // Replaces the scores that do not count by -inf, and poisons the rows that see a bad key.
 // `query` is the row of s[4n], s[4n + 1]; that of s[4n + 2], s[4n + 3] is query + 8. Bits 0 and 1 of `none`: no row sees any of
-// the first 64 keys, of the others; of `some`: not all rows see all of them.
+// the first 64 keys, of the others; of `some`: they have to be asked pair by pair. Where neither is set all rows see all of them.
+// Bad keys, segments and masks of pairs are asked for in any case.
 template <class Config>
 __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask, int query, int key,
                                      uint32_t none, uint32_t some, bool bad_keys, const unsigned char* tile,

@@ -47,7 +47,7 @@ enum TileFlags : uint32_t {  // of the forward pass; the backward kernels': Grad
   kStop = 64,      // no tile: the stream has ended
   // None of the first 64 rows sees any of the first 64 keys; of the other keys of 128: kNone << 1; of other rows: two bits each.
   kNone = 256,
-  // They see some of these keys, or not all of them do, in the same order.
+  // Some of them see some of these keys, in the same order. A tile with a bad key is hidden where neither is set, too.
   kSome = kNone << 6,
 };
 

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import sage_jax
 from sage_jax import attention, masking, reference, support
@@ -120,6 +121,21 @@ def fold_batch(x: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     if len(batch) == 1:
         return x
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
+
+
+def fold_extents(x: jax.typing.ArrayLike | list | None, batch: tuple[int, ...], name: str) -> jax.Array | np.ndarray | None:
+    """Lengths [*batch] as [B], segment ids [*batch, length] as [B, length], also those in lists; None stays None."""
+    if x is None:
+        return None
+    given = type(x).__name__
+    try:
+        x = masking.as_array(x)
+        given = f"shape {list(x.shape)}"
+    except ValueError:  # lists of several lengths
+        x = None
+    if x is None or x.shape[: len(batch)] != batch:
+        raise ValueError(f"{name} should have the batch axes of query, {list(batch)}, but got {given}.")
+    return fold_batch(x, batch)
 
 
 def fold_logits_shape(x: jax.Array | None, batch: tuple[int, ...], name: str) -> jax.Array | None:

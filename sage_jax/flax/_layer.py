@@ -11,8 +11,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sage_jax import decode
-from sage_jax.flax._batch import attend_folded, fold_batch, fold_logits_shape, layer_recipe
+from sage_jax import decode, support
+from sage_jax.flax._batch import attend_folded, fold_batch, fold_extents, fold_logits_shape, layer_recipe
 from sage_jax.recipe import Recipe
 from sage_jax.sparge import Selection, check_selection
 
@@ -46,7 +46,7 @@ class Attention:
     def __post_init__(self):
         if isinstance(self.local_window_size, list):
             object.__setattr__(self, "local_window_size", tuple(self.local_window_size))
-        check_selection(self.sparge)
+        check_choices(self.recipe, self.implementation, self.sparge)
 
     def full(self, query, key, value, *, mask, is_causal, positions, is_self, **extents):
         """Attention over the keys and values at hand.
@@ -62,7 +62,7 @@ class Attention:
         """
         query, key = self._rotated(query, key, positions, is_self)
         batch = query.shape[:-3]
-        extents = {n: x if x is None else fold_batch(x, batch) for n, x in extents.items()}
+        extents = {name: fold_extents(x, batch, name) for name, x in extents.items()}
         return attend_folded(
             query,
             key,
@@ -91,8 +91,10 @@ class Attention:
           ([..., T, N, H], the new cache).
         """
         batch = query.shape[:-3]
-        fold = lambda x: None if x is None else fold_batch(x, batch)  # noqa: E731
-        query, key, value, positions, lengths = map(fold, (query, key, value, positions, lengths))
+        if positions is not None:
+            positions = fold_batch(jnp.broadcast_to(jnp.asarray(positions), query.shape[:-2]), batch)
+        query, key, value = (fold_batch(x, batch) for x in (query, key, value))
+        lengths = fold_extents(lengths, batch, "key_value_seq_lengths")
         slots = cache.length[..., None] + jnp.arange(query.shape[1], dtype=jnp.int32)
         query, key = self._rotated(query, key, positions, True, slots)
         cache = decode.append(cache, key, value, lengths=lengths)
@@ -123,6 +125,13 @@ class Attention:
         if positions is None:
             positions = jnp.arange(query.shape[-3], dtype=jnp.int32) if places is None else places
         return tuple(rotate(x, positions, self.rope_theta) for x in (query, key))
+
+
+def check_choices(recipe, implementation, sparge) -> None:
+    """Raises ValueError or TypeError for what does not exist."""
+    layer_recipe(recipe)
+    support.check_names(implementation)
+    check_selection(sparge)
 
 
 def check_settings(
@@ -188,7 +197,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = jnp.asarray(positions, jnp.float32)[..., None, None] * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

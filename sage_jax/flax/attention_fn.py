@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sage_jax import support
 from sage_jax.flax._batch import attend_folded, layer_recipe
 from sage_jax.recipe import Recipe
 from sage_jax.sparge import Selection, check_selection
@@ -50,7 +51,7 @@ def attention_fn(
       which gives [..., T, N, H].
 
     Raises:
-      ValueError: the recipe is unknown.
+      ValueError: the recipe, the implementation or the alignment is unknown.
       TypeError: an argument is an array, which could not be compared with those of other layers.
     """
     if isinstance(local_window_size, list):
@@ -73,6 +74,7 @@ def attention_fn(
                 f"{name} should be a plain Python value, but attention_fn got {value!r}; arrays can "
                 "be given to sage_jax.dot_product_attention."
             ) from None
+    support.check_names(implementation, causal_alignment=causal_alignment)
     return _adapter(layer_recipe(recipe), **settings)
 
 

@@ -87,6 +87,7 @@ class SageAttention(nn.Module):
     def __post_init__(self):
         if isinstance(self.local_window_size, list):  # a module has to be hashable
             self.local_window_size = tuple(self.local_window_size)
+        _layer.check_choices(self.recipe, self.implementation, self.sparge)
         super().__post_init__()
 
     @nn.compact

@@ -260,25 +260,32 @@ class SageAttention(nnx.Module):
         batch_size: int | tuple[int, ...] | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Class method used by `nnx.view`: sets decode mode and makes the cache if there is none.
+        """Class method used by `nnx.view`: sets decode mode, and makes the cache if there is none of these sizes.
+
+        A cache that has them stays, with its tokens. An empty one that takes the place of another is ragged if that was,
+        and has no sharding; `init_cache` gives one.
 
         Args:
-          decode: whether calls use the cache.
-          batch_size: the cache's batch axes.
-          max_length: the cache's capacity in tokens.
+          decode: whether calls use the cache; None: as before.
+          batch_size: the cache's batch axes; None: those of the cache that there is.
+          max_length: the cache's capacity in tokens; None: that of the cache that there is.
         """
-        if decode is None:
+        self.decode = self.decode if decode is None else decode
+        if not self.decode or (decode is None and batch_size is None and max_length is None):
             return
-        self.decode = decode
-        if not decode or self.cache_index is not None:
-            return
+        ragged, held = False, (None, None)
+        if self.cache_index is not None:
+            ragged, held = self.cache_index.ndim > 0, self.cached_key_scale.shape[::2]
+        batch_size = held[0] if batch_size is None else batch_size
+        max_length = held[1] if max_length is None else max_length
         if batch_size is None or max_length is None:
             raise ValueError(
                 f"decode=True makes a cache and needs batch_size and max_length, but got "
                 f"{batch_size} and {max_length}."
             )
         batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
-        self.init_cache((*batch, max_length, 0))
+        if (math.prod(batch), max_length) != held:
+            self.init_cache((*batch, max_length, 0), ragged=ragged)
 
     def _cache(self) -> kv.KVCache:
         if self.cache_index is None:
