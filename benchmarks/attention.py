@@ -19,7 +19,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -174,6 +174,19 @@ def add_contestants(
     )
 
 
+def add_timing(
+    parser: argparse.ArgumentParser, passes: Collection[str], repeats: int, seconds: float | None = None
+) -> None:
+    """Adds the options of which passes are timed, and how long; `seconds` None leaves it to the device's preset."""
+    count, number = commandline.positive(int), commandline.positive(float)
+    least = "" if seconds is None else f" (default: {seconds})"
+    parser.add_argument("--passes", nargs="+", choices=passes, default=list(passes), help="(default: all)")
+    parser.add_argument(
+        "--repeats", type=count, default=repeats, help=f"samples of each median (default: {repeats})"
+    )
+    parser.add_argument("--seconds", type=number, default=seconds, help=f"least duration of a sample{least}")
+
+
 def contestants(options: argparse.Namespace) -> list[contenders.Contender]:
     """Our recipes and the peers that are installed; says which are not, and why."""
     found = [contenders.ours(recipe, options.implementation) for recipe in options.recipes]
@@ -309,15 +322,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         peers="implementations to compare with",
         ours="the preset's, cuda or cpu",
     )
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
     add("--seq", nargs="+", type=count, help="sequence lengths, the most important first")
     add("--head-dim", nargs="+", type=count, help="head dimensions, likewise")
     add("--tokens", type=count, help="tokens in the batch: sequence length times batch")
     add("--channels", type=count, help="head dimension times heads")
     add("--accuracy-seq", type=count, help="tokens of the accuracy measurements")
     add("--no-accuracy", dest="accuracy", action="store_false", help="measure speed only")
-    add("--repeats", type=count, default=5, help="samples of each median (default: 5)")
-    add("--seconds", type=number, help="least duration of a sample")
+    add_timing(parser, PASSES, repeats=5)
     options = parser.parse_args(arguments)
     options.preset = options.preset or measuring.preset()
     commandline.complete(options, PRESET_VALUES[options.preset])

@@ -53,6 +53,11 @@ def folder(text: str) -> pathlib.Path:
     return path
 
 
+def add_folder(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Adds --out, the folder for results."""
+    parser.add_argument("--out", type=folder, metavar="FOLDER", help=purpose)
+
+
 def check_trainable(parser: argparse.ArgumentParser, recipes: list[Recipe]) -> None:
     """Refuses recipes without a backward pass."""
     for recipe in recipes:

@@ -250,23 +250,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = commandline.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, number, count = parser.add_argument, commandline.positive(float), commandline.positive(int)
+    add, count = parser.add_argument, commandline.positive(int)
     add("--lengths", nargs="+", type=count, help="tokens of the first series, powers of two")
     add("--batches", nargs="*", type=count, help="sequences of the second series; none: no series")
     add("--batch-length", type=count, help="tokens of a sequence of the second series")
     add("--heads", type=count, help="heads of a sequence (default: 16)")
     add("--dim", type=count, help="head dimension (default: 128)")
     attention.add_contestants(parser, ["sage2", "train8"], peers="(default: cudnn_bf16)")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
+    attention.add_timing(parser, PASSES, repeats=3, seconds=0.02)
     add("--causal", choices=CAUSAL, default="yes", help="with the mask or without (default: yes)")
-    add("--repeats", type=count, default=3, help="samples of each median (default: 3)")
-    add("--seconds", type=number, default=0.02, help="least duration of a sample (default: .02)")
-    add(
-        "--out",
-        type=commandline.folder,
-        metavar="FOLDER",
-        help="where <gpu>-lengths.json and .png go (default: benchmarks/results)",
-    )
+    commandline.add_folder(parser, "where <gpu>-lengths.json and .png go (default: benchmarks/results)")
     add("--plot", type=pathlib.Path, metavar="JSON", help="draw this results file beside itself")
     options = parser.parse_args(arguments)
     commandline.complete(options, PRESET_VALUES[measuring.preset()])

@@ -171,12 +171,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "attention keeps (residuals) (default: none)",
     )
     add("--no-model", dest="model", action="store_false", help="attention alone, without the GPT")
-    add(
-        "--out",
-        type=commandline.folder,
-        metavar="FOLDER",
-        help="write <gpu>-memory.json there (default: only print)",
-    )
+    commandline.add_folder(parser, "write <gpu>-memory.json there (default: only print)")
     options = parser.parse_args(arguments)
     commandline.complete(options, PRESET_VALUES[measuring.preset()])
     if options.channels % options.head_dim:

@@ -29,12 +29,12 @@ import commandline  # noqa: E402
 import contenders  # noqa: E402
 import measuring  # noqa: E402
 import resultfile  # noqa: E402
+from lengths import PASSES  # noqa: E402
 
 import sage_jax  # noqa: E402
 from sage_jax import sparge  # noqa: E402
 from sage_jax.recipe import MAX_HEAD_DIM  # noqa: E402
 
-PASSES = {"forward": "fwd", "both": "fwd_bwd"}  # as the results name them
 PRESET_VALUES = {
     "gpu": {
         "implementation": "cuda",
@@ -110,21 +110,14 @@ def share(text: str) -> float:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options, checked and completed from the device's preset."""
     parser = commandline.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, number, count = parser.add_argument, commandline.positive(float), commandline.positive(int)
+    add, count = parser.add_argument, commandline.positive(int)
     add("--lengths", nargs="+", type=count, help="tokens of one sequence")
     add("--dims", nargs="+", type=count, help="head dimensions")
     add("--channels", type=count, help="heads times head dimension (default: 2048)")
     add("--shares", nargs="+", type=share, default=[0.5, 0.25, 0.125], help="of the blocks (default: .5 .25 .125)")
     attention.add_contestants(parser, ["train8"], peers="(default: cudnn_bf16)")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
-    add("--repeats", type=count, default=5, help="samples of each median (default: 5)")
-    add("--seconds", type=number, default=0.02, help="least duration of a sample (default: .02)")
-    add(
-        "--out",
-        type=commandline.folder,
-        metavar="FOLDER",
-        help="where <gpu>-sparse.json goes (default: benchmarks/results)",
-    )
+    attention.add_timing(parser, PASSES, repeats=5, seconds=0.02)
+    commandline.add_folder(parser, "where <gpu>-sparse.json goes (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     commandline.complete(options, PRESET_VALUES[measuring.preset()])
     for dim in options.dims:

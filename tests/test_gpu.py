@@ -6,7 +6,6 @@ runs there as well: XLA tunes every product for the GPU it compiles for, which t
 problems of new sizes and milliseconds of use.
 """
 
-import dataclasses
 import functools
 import os
 import time
@@ -59,7 +58,7 @@ def named(pairs):
     return [parameter(*pair) for pair in pairs]
 
 
-def settings_of(case, recipe, implementation):
+def settings_of(case, recipe, implementation, deterministic=False):
     return Settings(
         recipe=recipe,
         scale=case.H**-0.5,
@@ -69,6 +68,7 @@ def settings_of(case, recipe, implementation):
         dtype=np.dtype(case.dtype),
         implementation=implementation,
         for_backward=recipe.backward is not None,
+        deterministic=deterministic,
     )
 
 
@@ -81,8 +81,8 @@ def fetched(results):
     return [x if x is None else np.asarray(x) for x in results]
 
 
-def on_gpu(name, case, recipe, *operands):
-    run = operation(name, settings_of(case, recipe, "cuda"))
+def on_gpu(name, case, recipe, *operands, deterministic=False):
+    run = operation(name, settings_of(case, recipe, "cuda", deterministic))
     return fetched(run(*present(operands)))
 
 
@@ -286,7 +286,7 @@ def gradient_program(case, recipe, *, deterministic=False):
 
     @jax.jit
     def run(q, k, v, dout, dlse, masks):
-        settings = dataclasses.replace(settings_of(case, recipe, "cuda"), deterministic=deterministic)
+        settings = settings_of(case, recipe, "cuda", deterministic)
         results, pull = jax.vjp(lambda *x: _vjp.attention(settings, *x, masks), q, k, v)
         return *results, *pull((dout, dlse))
 

@@ -2,7 +2,6 @@
 with an entry for each pair; what is not seen costs no time.
 """
 
-import dataclasses
 import time
 
 import jax
@@ -22,15 +21,12 @@ from test_gpu import (
     gradient_bound,
     on_gpu,
     on_host,
-    present,
-    settings_of,
 )
 from test_gpu_at_once import EXACT_DELTA
 from test_sparge import lost, walk
 
 import sage_jax
 from sage_jax import sparge
-from sage_jax._ffi import operation
 from sage_jax.masking import TILE, of_pairs
 
 pytestmark = pytest.mark.gpu
@@ -103,8 +99,7 @@ def test_rows_that_see_nothing_beside_others_that_do(head_dim, recipe):
     operands = backward_operands(qq, kv, expected, dout, dlse, masks)
     gradients = on_host("attend_backward", case, recipe, *operands, implementation="cpu")
     for deterministic in (False, True):
-        settings = dataclasses.replace(settings_of(case, recipe, "cuda"), deterministic=deterministic)
-        ours = operation("attend_backward", settings)(*present(operands))
+        ours = on_gpu("attend_backward", case, recipe, *operands, deterministic=deterministic)
         for name, x, y in zip(("dq", "dk", "dv"), ours[:3], gradients[:3], strict=True):
             assert_agree(x, y, gradient_bound(recipe, case.dtype), name)
 
@@ -145,7 +140,7 @@ def test_what_is_not_seen_takes_no_time(head_dim, scattered):
     q, k, v = (jnp.asarray(rng.standard_normal((1, 16384, 16, head_dim)), jnp.bfloat16) for _ in range(3))
     size_q, size_k = (TILE, TILE) if scattered else sparge.Selection().sizes(head_dim)
     blocks = rng.random((1, 16, -(-16384 // size_q), 16384 // size_k)) < 0.25
-    mask = np.repeat(np.repeat(blocks, size_q // 64, axis=2)[:, :, :256], size_k // 64, axis=3)
+    mask = np.repeat(np.repeat(blocks, size_q // TILE, axis=2)[:, :, :256], size_k // TILE, axis=3)
 
     @jax.jit
     def step(q, k, v, mask):
