@@ -60,6 +60,13 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The thread's index in its block, likewise. That it is not negative spares the corrections of a signed division.
+__device__ __forceinline__ int opaque_thread() {
+  const int x = opaque(static_cast<int>(threadIdx.x));
+  __builtin_assume(x >= 0 && x < 1024);
+  return x;
+}
+
 // True for every kernel parameter `size` that is not negative, but ptxas cannot know. It loads ahead
 // as far as it can, until other registers spill, and stops at a branch (on sm_120 not at
 // __syncwarp()). `place` differs from place to place, lest ptxas join them.

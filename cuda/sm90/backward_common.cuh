@@ -92,6 +92,11 @@ __device__ __forceinline__ void hide_codes(uint32_t (&operand)[kGradientRegister
   for (int i = 0; i < kGradientRegisters; ++i) operand[i] &= sm80::seen_bytes(seen, i / 2, i % 2);
 }
 
+// Two values as exact sums keep them: bf16, in one word. The upper is the word itself as a float, with the bits of the lower
+// behind its own: less than a unit of bf16, which is as good as nothing, since what a word does not hold is kept elsewhere.
+__device__ __forceinline__ float lower_of(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float upper_of(uint32_t word) { return __uint_as_float(word); }
+
 // Exact sums: the matrix unit's are added to others in shared memory, of which each thread has its own. Those are bf16;
 // x keeps what they cannot hold, and goes on from there, so nothing is lost.
 template <int kValues>
@@ -102,17 +107,15 @@ __device__ __forceinline__ void add_exactly(unsigned char* region, float (&x)[kV
     uint4& sum = sums[i / 8 * kWarpSize];
     uint4 old = make_uint4(0, 0, 0, 0);
     if (!first) old = sum;
-    uint32_t pairs[4] = {old.x, old.y, old.z, old.w};
+    uint32_t words[4] = {old.x, old.y, old.z, old.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float low, high, &x0 = x[i + 2 * j], &x1 = x[i + 2 * j + 1];
-      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
-      x0 += low, x1 += high;
-      pairs[j] = ptx::cvt_bf16x2_f32(x0, x1);
-      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
-      x0 -= low, x1 -= high;
+      float &x0 = x[i + 2 * j], &x1 = x[i + 2 * j + 1];
+      x0 += lower_of(words[j]), x1 += upper_of(words[j]);
+      words[j] = ptx::cvt_bf16x2_f32(x0, x1);
+      x0 -= lower_of(words[j]), x1 -= upper_of(words[j]);
     }
-    sum = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    sum = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 
@@ -124,12 +127,10 @@ __device__ __forceinline__ void collect(const unsigned char* region, float (&x)[
 #pragma unroll
   for (int i = 0; i < kValues; i += 8) {
     const uint4 sum = sums[i / 8 * kWarpSize];
-    const uint32_t pairs[4] = {sum.x, sum.y, sum.z, sum.w};
+    const uint32_t words[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float low, high;
-      ptx::cvt_f32_bf16x2(low, high, pairs[j]);
-      x[i + 2 * j] += low, x[i + 2 * j + 1] += high;
+      x[i + 2 * j] += lower_of(words[j]), x[i + 2 * j + 1] += upper_of(words[j]);
     }
   }
 }
@@ -160,7 +161,7 @@ __device__ __forceinline__ void store_gradients(const CUtensorMap& map, bool til
 // Asks for `count` values in memory, before they are needed. By all lanes of a warp.
 __device__ __forceinline__ void fetch_early(const float* first, int count) {
   constexpr int kLine = 128 / sizeof(float);
-  const int at = static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize * kLine;
+  const int at = ptx::opaque_thread() % kWarpSize * kLine;
   if (at < count) ptx::prefetch_global_l1(first + at);
 }
 

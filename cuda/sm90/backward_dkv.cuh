@@ -48,7 +48,7 @@ __device__ __forceinline__ void dkv_block(const DkvCall& call, unsigned char* sh
     }
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    DkvProgress progress = {0, DqPart<Config>::kFirst};
+    DkvProgress<Config> progress;
     take_turns<Config>(shared, [&](int turn) { compute_dkv<Config>(call, shared, group - 1, turn, progress); });
   }
 }

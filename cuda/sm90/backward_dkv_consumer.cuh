@@ -7,15 +7,17 @@
 namespace sage::sm90 {
 
 // What a consumer warp remembers from one block of rows to the next.
+template <class Config>
 struct DkvProgress {
-  uint32_t notes;  // so far
-  uint32_t tiles;  // of G: the number of the next
+  uint32_t notes = 0;  // so far
+  int tiles = 0;       // of G
+  typename DqPart<Config>::Place place;  // of the next of these
 };
 
 // dK and dV of the rows of the slot of `turn`, and their share of dQ.
 template <class Config>
 __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn,
-                                            DkvProgress& progress) {
+                                            DkvProgress<Config>& progress) {
   constexpr int kHeadDim = Config::kHeadDim;
   constexpr bool kWithDq = Config::kWithDq, kInTurn = Config::kInTurn;
   using Part = DqPart<Config>;
@@ -28,6 +30,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const float k_scale = Config::slot(shared, turn).k_scale[group], v_scale = Config::slot(shared, turn).v_scale[group];
   const Part part(call.dq, call.dq_factor, shared, group);
   const int batch = kWithDq ? from_lane_0(Config::slot(shared, turn).b) : 0;
+  const int first_head = kWithDq ? from_lane_0(Config::slot(shared, turn).head) * call.group_heads : 0;
 
   int s[kGradientValues], d[kGradientValues];
   float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
@@ -35,7 +38,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   QueryTile before[Part::kLate] = {};  // the tile before, and the one before that
   int tiles = 0, summed = 0;           // of these rows so far; those of which the warpgroup sees anything
   uint32_t& count = progress.notes;
-  uint32_t& made = progress.tiles;
+  int& made = progress.tiles;
+  typename Part::Place& place = progress.place;
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
   ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
 
@@ -50,13 +54,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       const int stage = static_cast<int>(count % Config::kStages);
       const uint32_t phase = count / Config::kStages % 2;
       if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
-      uint32_t codes_there = 0;
-      if (kInTurn && made >= Part::kFirst + Part::kLate) codes_there = part.ask(made - Part::kLate);
       const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
       flags = from_lane_0(note.flags);
       if constexpr (kWithDq) {
         tile.query = from_lane_0(note.key) * kGradientTile;
-        tile.head = Config::slot(shared, turn).head * call.group_heads + __float_as_int(from_lane_0(note.scale[0]));
+        tile.head = first_head + __float_as_int(from_lane_0(note.scale[0]));
       }
       if (flags & (Config::kStop | Config::kNone << group)) break;
       const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
@@ -67,11 +69,6 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       ptx::keep_in_registers(dk);
       ptx::keep_in_registers(dv);
       if (under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
-      if constexpr (kInTurn) {
-        const uint32_t n = made - Part::kLate;
-        if (made >= Part::kFirst + Part::kLate && !codes_there) part.wait(n);
-        if (tiles >= Part::kLate && part.takes(n)) part.add(n, before[Part::kLate - 1], batch);
-      }
       ptx::wgmma_fence();
       multiply_scores<kHeadDim>(s, keys, queries);
       multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
@@ -87,8 +84,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
       const auto* const terms =
           reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
-      if (kWithDq && !kInTurn && made > Part::kFirst) codes_there = part.ask(made - 1);
-      uint32_t sums_there = 0;
+      uint32_t codes_there = 0, sums_there = 0;
+      if constexpr (kWithDq) codes_there = part.ask(place.due());
 #pragma unroll
       for (int c = 0; c < kGradientValues / 8; ++c) {
         if (c == kGradientValues / 8 - 1) sums_there = ask(Config::sums_full(stage), count);
@@ -112,7 +109,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         using Rows = SharedTile<8, kHeadDim>;
         const unsigned char* const codes = shared;  // of the block's keys
         const auto& slot = Config::slot(shared, turn);
-        const int thread = static_cast<int>(ptx::opaque(threadIdx.x));
+        const int thread = ptx::opaque_thread();
         const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
         const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
                                static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
@@ -122,35 +119,56 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         hide_codes(g_operand, seen);
       }
       release(base + Config::scores_empty(stage));
-      if (kWithDq && !kInTurn && made > Part::kFirst && !codes_there) part.wait(made - 1);
+      if (kWithDq && !codes_there) part.wait(place.due());
       if (!sums_there) ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
       const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;
       uint32_t pairs[kGradientRegisters];
       if constexpr (kWithDq) pair_keys(pairs, g_operand);
       ptx::keep_in_registers(p_operand);
       ptx::keep_in_registers(g_operand);
-      ptx::wgmma_fence();
-      float dq[Part::kValues];  // of the tile before; of whatever lies there, if there is none
-      if constexpr (kWithDq && !kInTurn) part.start(dq, made - 1);
-      multiply_gradients<kHeadDim>(dv, p_operand, sums, summed > 0);
-      multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, summed > 0);
-      ptx::wgmma_commit_group();
       ++count;
-      scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
-      if constexpr (kWithDq) {
-        part.store(made, pairs);
-        if constexpr (!kInTurn) {
-          part.wait_for_staged();
-          ptx::wgmma_wait_group<1>();
-          ptx::keep_in_registers(dq);
-          part.stage(dq);
+      // dV and dK; before them the product for dQ that is due, whose sums are sent while they are multiplied.
+      const auto multiply = [&](auto with_dq) {
+        float dq[Part::kValues];  // of an earlier tile; of whatever lies there, if there is none
+        ptx::wgmma_fence();
+        if constexpr (decltype(with_dq)::value) part.start(dq, place.due());
+        multiply_gradients<kHeadDim>(dv, p_operand, sums, summed > 0);
+        multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, summed > 0);
+        ptx::wgmma_commit_group();
+        scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
+        if constexpr (kWithDq) {
+          part.store(place, pairs);
+          if constexpr (decltype(with_dq)::value) {
+            part.wait_for_staged();
+            ptx::wgmma_wait_group<1>();
+            ptx::keep_in_registers(dq);
+            part.stage(dq);
+          }
+          ptx::fence_proxy_async_shared();
+          ptx::mbarrier_arrive(part.full(place));
+          if constexpr (decltype(with_dq)::value) part.send(before[Part::kLate - 1], batch, tiles >= Part::kLate);
         }
-        ptx::fence_proxy_async_shared();
-        ptx::mbarrier_arrive(part.full(made));
-        if constexpr (!kInTurn) part.send(before[0], batch, tiles > 0);
+      };
+      if constexpr (!kInTurn) {
+        multiply(std::bool_constant<kWithDq>());
+      } else {  // nothing is under way where the branches meet: else ptxas serialises all products
+        if (part.takes(made)) {
+          multiply(std::true_type());
+          ptx::wgmma_wait_group<0>();
+          ptx::keep_in_registers(dk);
+          ptx::keep_in_registers(dv);
+        } else {
+          multiply(std::false_type());
+          ptx::wgmma_wait_group<0>();
+          ptx::keep_in_registers(dk);
+          ptx::keep_in_registers(dv);
+        }
+      }
+      if constexpr (kWithDq) {
         before[Part::kLate - 1] = before[0];
         before[0] = tile;
         ++made;
+        place = place.next();
       }
       ++tiles;
       ++summed;
@@ -166,16 +184,16 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     const int stage = static_cast<int>(count % Config::kStages);
     release(base + Config::scores_empty(stage));
     if constexpr (kWithDq) {
-      const uint32_t n = made - Part::kLate;
-      if (made >= Part::kFirst + Part::kLate) part.wait(n);
-      if (tiles >= Part::kLate && part.takes(n)) part.add(n, before[Part::kLate - 1], batch);
+      part.wait(place.due());
+      if (tiles >= Part::kLate && part.takes(made)) part.add(place.due(), before[Part::kLate - 1], batch);
       const uint32_t nothing[kGradientRegisters] = {};
-      part.store(made, nothing);
+      part.store(place, nothing);
       ptx::fence_proxy_async_shared();
-      ptx::mbarrier_arrive(part.full(made));
+      ptx::mbarrier_arrive(part.full(place));
       before[Part::kLate - 1] = before[0];
       before[0] = tile;
       ++made;
+      place = place.next();
     }
     ptx::mbarrier_wait(base + Config::sums_full(stage), count / Config::kStages % 2);
     release(base + Config::sums_empty(stage));
@@ -186,10 +204,10 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   if constexpr (kWithDq) {
 #pragma unroll
     for (int late = Part::kLate; late > 0; --late) {
-      const uint32_t n = made - late;
-      if (late > tiles || !part.takes(n)) continue;
-      part.wait(n);
-      part.add(n, before[late - 1], batch);
+      const typename Part::Place last = late == 1 && Part::kLate == 2 ? place.due().next() : place.due();
+      if (late > tiles || !part.takes(made + Part::kLate - late)) continue;
+      part.wait(last);
+      part.add(last, before[late - 1], batch);
     }
   }
   release(barriers.rows_empty());
@@ -207,11 +225,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   collect(region + Config::kWarpBytes, dv, summed > kExactTiles);
   const AttentionShape& shape = p.shape;
   const auto& slot = Config::slot(shared, ptx::opaque(turn));
-  const int consumer = static_cast<int>(ptx::opaque(threadIdx.x)) - 128;
+  const int consumer = ptx::opaque_thread() - 128;
   const int b = slot.b, head = slot.head, first_row = slot.row + consumer / kWarpSize * 16;
   const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factor_of, const CUtensorMap& map,
                           bool tiled, void* out, Dtype dtype) {
-    const auto* const pairs = reinterpret_cast<const float2*>(factor_of) + static_cast<int>(ptx::opaque(threadIdx.x)) % 4;
+    const auto* const pairs = reinterpret_cast<const float2*>(factor_of) + ptx::opaque_thread() % 4;
     const auto outputs = [&](int n) {
       const float2 factor = pairs[4 * n];
       const FourOutputs y = FromArray<kHeadDim>{x}(n);

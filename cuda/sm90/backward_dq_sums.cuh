@@ -44,11 +44,12 @@ __device__ __forceinline__ void pair_keys(uint32_t (&pairs)[kGradientRegisters],
 // Writes them to their warpgroup's tile of G, [64 queries][64 keys].
 __device__ __forceinline__ void store_codes(uint32_t tile, const uint32_t (&pairs)[kGradientRegisters]) {
   using Tile = SharedTile<kGradientTile, 64>;
-  const int thread = static_cast<int>(ptx::opaque(threadIdx.x)), lane = thread % kWarpSize;
+  const int thread = ptx::opaque_thread();
+  const uint32_t first = tile + Tile::offset(thread % kWarpSize, thread / kWarpSize % 4);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < 2; ++half) {  // the twist repeats every 8 rows
     const uint32_t* const x = pairs + 4 * half;
-    ptx::stmatrix_x4_transposed(tile + Tile::offset(32 * half + lane, thread / kWarpSize % 4), x[0], x[1], x[2], x[3]);
+    ptx::stmatrix_x4_transposed(first + half * 32 * 64, x[0], x[1], x[2], x[3]);
   }
 }
 
@@ -78,41 +79,47 @@ template <class Config>
 struct DqPart {
   static constexpr int kPlaces = Config::kWithDq ? Config::kCodesPlaces : 1, kLate = Config::kInTurn ? 2 : 1;
   static_assert(!Config::kWithDq || kPlaces >= 2 * kLate, "codes are not written over before they have been read");
-  static constexpr uint32_t kFirst = 2 * kPlaces;  // the first tile's number: barriers begin anew, and there is one before it
   static constexpr int kValues = kOutTileColumns / 2;  // of a thread
+  // Where the codes of a tile lie, and the phase in which they are there.
+  struct Place {
+    int index = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ Place next() const { return index == kPlaces - 1 ? Place{0, phase ^ 1} : Place{index + 1, phase}; }
+    // Of the tile that is due when this one's codes have been written.
+    __device__ __forceinline__ Place due() const {
+      return index < kLate ? Place{index + kPlaces - kLate, phase ^ 1} : Place{index - kLate, phase};
+    }
+  };
   const CUtensorMap& map;
   float factor;
   uint32_t base;
+  int group, warp;
   unsigned char* staged;
-  int group;
 
   __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group)
       : map(map),
         factor(factor),
         base(ptx::shared_address(shared)),
-        staged(shared + Config::kStagedAt + (4 * group + warp()) * Config::kStagedBytes),
-        group(group) {}
+        group(group),
+        warp(static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize % 4))),
+        staged(shared + Config::kStagedAt + (4 * group + warp) * Config::kStagedBytes) {}
 
-  static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize % 4; }  // of the warpgroup
-  __device__ __forceinline__ uint32_t codes(uint32_t n) const {
-    return base + Config::kCodesAt + static_cast<int>(n % kPlaces) * Config::kCodesBytes;
-  }
-  __device__ __forceinline__ uint32_t full(uint32_t n) const {
-    return base + Config::codes_full(static_cast<int>(n % kPlaces));
-  }
-  __device__ __forceinline__ uint32_t ask(uint32_t n) const { return ptx::mbarrier_try_wait(full(n), n / kPlaces % 2); }
-  __device__ __forceinline__ void wait(uint32_t n) const { ptx::mbarrier_wait(full(n), n / kPlaces % 2); }
-  __device__ __forceinline__ bool takes(uint32_t n) const {
-    return !Config::kInTurn || static_cast<int>(n % Config::kGroups) == group;
+  __device__ __forceinline__ uint32_t codes(Place place) const { return base + Config::kCodesAt + place.index * Config::kCodesBytes; }
+  __device__ __forceinline__ uint32_t full(Place place) const { return base + Config::codes_full(place.index); }
+  __device__ __forceinline__ uint32_t ask(Place place) const { return ptx::mbarrier_try_wait(full(place), place.phase); }
+  __device__ __forceinline__ void wait(Place place) const { ptx::mbarrier_wait(full(place), place.phase); }
+  // Whether the product that is due with the n-th tile is this warpgroup's.
+  __device__ __forceinline__ bool takes(int n) const {
+    return !Config::kInTurn || n % Config::kGroups == group;
   }
 
-  __device__ __forceinline__ void store(uint32_t n, const uint32_t (&pairs)[kGradientRegisters]) const {
-    store_codes(codes(n) + group * Config::kCodesTile, pairs);
+  __device__ __forceinline__ void store(Place place, const uint32_t (&pairs)[kGradientRegisters]) const {
+    store_codes(codes(place) + group * Config::kCodesTile, pairs);
   }
-  // The product of tile n, a group of its own.
-  __device__ __forceinline__ void start(float (&sums)[kValues], uint32_t n) const {
+  // The product of a tile, a group of its own.
+  __device__ __forceinline__ void start(float (&sums)[kValues], Place place) const {
     const int channels = Config::kInTurn ? 0 : group * (kOutTileColumns * 64);
-    multiply_queries<Config::kGroups, Config::kHeadDim>(sums, codes(n) / 16, (base + Config::kZAt + channels) / 16);
+    multiply_queries<Config::kGroups, Config::kHeadDim>(sums, codes(place) / 16, (base + Config::kZAt + channels) / 16);
     ptx::wgmma_commit_group();
   }
   // Until the copy engine has read what was staged before.
@@ -132,14 +139,14 @@ struct DqPart {
     __syncwarp();
     ptx::cp_reduce_async_bulk_tensor_3d_if(
         &map, ptx::shared_address(staged), tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
-        tile.query + 16 * warp(), batch, some && threadIdx.x % kWarpSize == 0);
+        tile.query + 16 * warp, batch, some && threadIdx.x % kWarpSize == 0);
     ptx::cp_async_bulk_commit();
   }
   // All of it at once.
-  __device__ __forceinline__ void add(uint32_t n, const QueryTile& tile, int batch) const {
+  __device__ __forceinline__ void add(Place place, const QueryTile& tile, int batch) const {
     float sums[kValues];
     ptx::wgmma_fence();
-    start(sums, n);
+    start(sums, place);
     wait_for_staged();
     ptx::wgmma_wait_group<0>();
     ptx::keep_in_registers(sums);

@@ -447,9 +447,9 @@ class Consumer {
   }
 
   // Found again where they are seldom needed: registers are full.
-  __device__ __forceinline__ static int lane() { return static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize; }
+  __device__ __forceinline__ static int lane() { return ptx::opaque_thread() % kWarpSize; }
   __device__ __forceinline__ int warp_row() const {
-    return 64 * group_ + static_cast<int>(ptx::opaque(threadIdx.x)) / kWarpSize % 4 * 16;
+    return 64 * group_ + ptx::opaque_thread() / kWarpSize % 4 * 16;
   }
   __device__ __forceinline__ unsigned char* warp_region() {
     return Config::warp_region(shared_, warp_row() / 16);

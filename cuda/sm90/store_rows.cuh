@@ -13,7 +13,7 @@ template <int kHeadDim, class Outputs>
 __device__ __forceinline__ void store_halves(unsigned char* region, const Outputs& outputs, uint16_t* out, bool bf16,
                                              int rows, int64_t row_stride, int head_dim) {
   using Stage = SharedTile<16, 2 * kHeadDim>;
-  const int lane = ptx::opaque(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int lane = ptx::opaque_thread() % kWarpSize, g = lane / 4, t = lane % 4;
   __syncwarp();  // what lay there has been read
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; ++n) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_rows(unsigned char* region, const Outputs&
   constexpr int kColumns = kHeadDim / 2, kPieces = kColumns / 8;
   using Stage = SharedTile<16, 4 * kColumns>;
   // Opaque: the compiler would compute all addresses before the kernel's loop, and keep them.
-  const int lane = ptx::opaque(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const int lane = ptx::opaque_thread() % kWarpSize, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     __syncwarp();  // what lay there has been read

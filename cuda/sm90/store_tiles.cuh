@@ -38,15 +38,15 @@ __device__ __forceinline__ void wait_for_sent_tiles() {
 template <int kHeadDim, bool kBf16, class Outputs>
 __device__ __forceinline__ void write_tiles(unsigned char* region, const Outputs& outputs) {
   using Tile = SharedTile<16, 2 * kOutTileColumns>;
-  const int lane = static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize;
-  const uint32_t base = ptx::shared_address(region);
+  const int lane = ptx::opaque_thread() % kWarpSize;
+  const uint32_t base = ptx::shared_address(region);  // at a multiple of 1024
   const auto pack = [](float2 x) { return kBf16 ? ptx::cvt_bf16x2_f32(x.x, x.y) : ptx::cvt_f16x2_f32(x.x, x.y); };
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; n += 2) {
     const FourOutputs x = outputs(n), y = outputs(n + 1);
     const int tile = n / Tile::kChunks, chunk = n % Tile::kChunks;
-    ptx::stmatrix_x4(base + tile * kOutTileBytes + Tile::offset(lane % 16, chunk + lane / 16), pack(x.upper), pack(x.lower),
-                     pack(y.upper), pack(y.lower));
+    ptx::stmatrix_x4(Tile::address(base + tile * kOutTileBytes, 0, chunk, lane % 16, lane / 16), pack(x.upper),
+                     pack(x.lower), pack(y.upper), pack(y.lower));
   }
 }
 
@@ -54,7 +54,7 @@ __device__ __forceinline__ void write_tiles(unsigned char* region, const Outputs
 template <int kHeadDim>
 __device__ __forceinline__ void clear_tile_row(unsigned char* region, int r) {
   using Tile = SharedTile<16, 2 * kOutTileColumns>;
-  const int lane = static_cast<int>(ptx::opaque(threadIdx.x)) % kWarpSize;
+  const int lane = ptx::opaque_thread() % kWarpSize;
 #pragma unroll 1
   for (int i = lane % 4; i < kHeadDim / 8; i += 4) {
     *reinterpret_cast<uint4*>(region + i / Tile::kChunks * kOutTileBytes +
