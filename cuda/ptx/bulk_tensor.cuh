@@ -29,11 +29,11 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d_store(const void* tensor
                "r"(shared), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
-// Adds it to that box, if `counts`: without a branch.
+// Adds it to that box, if `counts`, by the lane that elect_one() names: without a branch.
 __device__ __forceinline__ void cp_reduce_async_bulk_tensor_3d_if(const void* tensor_map, uint32_t shared, int x, int y, int z,
                                                                   bool counts) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %5, 0; "
+      "{ .reg .pred p, q; elect.sync _|p, 0xffffffff; setp.ne.b32 q, %5, 0; and.pred p, p, q; "
       "@p cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1]; }" ::"l"(tensor_map),
       "r"(shared), "r"(x), "r"(y), "r"(z), "r"(static_cast<int>(counts))
       : "memory");

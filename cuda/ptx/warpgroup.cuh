@@ -19,6 +19,13 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 // x, which is the same in all lanes, in a way that the compiler understands.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
+// True in one lane of the warp, always the same, of which ptxas knows that it is one. By all lanes.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t one;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(one));
+  return one != 0;
+}
+
 // Barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads: wait for all, or only be counted.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -45,6 +45,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 
   // Barriers are asked ahead, because the answer takes a while: "there" is a yes.
   const auto ask = [&](int barrier, uint32_t n) { return ptx::mbarrier_try_wait(base + barrier, n / Config::kStages % 2); };
+  const auto wait_for_gradients = [&] {
+    ptx::wgmma_wait_group<0>();
+    ptx::keep_in_registers(dk);
+    ptx::keep_in_registers(dv);
+  };
   uint32_t scores_there = 0;
   while (true) {
     uint32_t flags;
@@ -65,10 +70,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       const uint32_t queries = units + scores_at / 16;
       // The gradient products of the tile before: the scores would have to wait for them anyway, and
       // their operands' registers are needed.
-      ptx::wgmma_wait_group<0>();
-      ptx::keep_in_registers(dk);
-      ptx::keep_in_registers(dv);
-      if (under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+      wait_for_gradients();
+      if (!kInTurn && under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
       ptx::wgmma_fence();
       multiply_scores<kHeadDim>(s, keys, queries);
       multiply_scores<kHeadDim>(d, keys + Config::kRowsBytes / 16, queries + Config::kTileBytes / 16);
@@ -154,15 +157,12 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       } else {  // nothing is under way where the branches meet: else ptxas serialises all products
         if (part.takes(made)) {
           multiply(std::true_type());
-          ptx::wgmma_wait_group<0>();
-          ptx::keep_in_registers(dk);
-          ptx::keep_in_registers(dv);
+          wait_for_gradients();
         } else {
           multiply(std::false_type());
-          ptx::wgmma_wait_group<0>();
-          ptx::keep_in_registers(dk);
-          ptx::keep_in_registers(dv);
+          wait_for_gradients();
         }
+        release(base + Config::sums_empty(stage));
       }
       if constexpr (kWithDq) {
         before[Part::kLate - 1] = before[0];
@@ -174,10 +174,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       ++summed;
       under_way = true;
     }
-    ptx::wgmma_wait_group<0>();
-    ptx::keep_in_registers(dk);
-    ptx::keep_in_registers(dv);
-    if (under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
+    wait_for_gradients();
+    if (!kInTurn && under_way) release(base + Config::sums_empty(static_cast<int>((count - 1) % Config::kStages)));
     if (flags & Config::kStop) break;
     // A tile of which the warpgroup sees nothing adds nothing to dK and dV. Its codes of G are zeros, which the others' product
     // for dQ reads; and the warpgroup's part in an earlier tile's dQ is due here as well.

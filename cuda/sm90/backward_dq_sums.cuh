@@ -139,7 +139,7 @@ struct DqPart {
     __syncwarp();
     ptx::cp_reduce_async_bulk_tensor_3d_if(
         &map, ptx::shared_address(staged), tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
-        tile.query + 16 * warp, batch, some && threadIdx.x % kWarpSize == 0);
+        tile.query + 16 * warp, batch, some);
     ptx::cp_async_bulk_commit();
   }
   // All of it at once.
@@ -213,7 +213,7 @@ __device__ __forceinline__ void clear_ahead(const DkvCall& call, unsigned char* 
 
 // By each consumer warp, behind its two last copies of outputs: all that it had to add before is in memory.
 __device__ __forceinline__ void report_added(uint32_t* added) {
-  if (threadIdx.x % kWarpSize != 0) return;
+  if (!ptx::elect_one()) return;
   ptx::cp_async_bulk_wait<2>();
   ptx::count_up(added);
 }

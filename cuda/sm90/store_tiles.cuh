@@ -9,6 +9,7 @@
 #include "ptx/math.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/stmatrix.cuh"
+#include "ptx/warpgroup.cuh"
 #include "sm90/forward_sums.cuh"
 
 namespace sage::sm90 {
@@ -29,7 +30,7 @@ inline const char* encode_output_map(CUtensorMap& map, const void* out, const At
 
 // Until the copy engine has read what this warp has sent before, so that the region may be written again, or the block end.
 __device__ __forceinline__ void wait_for_sent_tiles() {
-  if (threadIdx.x % kWarpSize == 0) ptx::cp_async_bulk_wait_read();
+  if (ptx::elect_one()) ptx::cp_async_bulk_wait_read();
   __syncwarp();
 }
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ void send_tiles(const CUtensorMap& map, const unsigne
                                            int batch) {
   ptx::fence_proxy_async_shared();
   __syncwarp();
-  if (threadIdx.x % kWarpSize != 0) return;
+  if (!ptx::elect_one()) return;
 #pragma unroll
   for (int tile = 0; tile < kHeadDim / kOutTileColumns; ++tile) {
     ptx::cp_async_bulk_tensor_3d_store(&map, ptx::shared_address(region) + tile * kOutTileBytes,
