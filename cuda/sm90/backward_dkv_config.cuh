@@ -42,7 +42,7 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   //   | kStages × { Q | dO [64][kHeadDim], terms [64] } | kStages × { x | y [kHeadDim][64] }
   //   | exact sums of dK and dV of each warp; outputs
   //   | with dQ: kCodesPlaces × { G [64][64] of each warpgroup's keys } | sums of dQ of each warp | zeros for another's
-  //   | notes | slots | barriers
+  //   | 2 × lines of a tile's queries for each warpgroup | notes | slots | barriers
   static constexpr int kRowsBytes = Block::kRows * kHeadDim;
   static constexpr int kRowsLoaded = (kWithDq ? 3 : 2) * kRowsBytes;
   static constexpr int kTileBytes = kGradientTile * kHeadDim;
@@ -61,7 +61,8 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static constexpr int kStagedAt = kCodesAt + kCodesPlaces * kCodesBytes;
   static constexpr int kStagedBytes = 16 * kOutTileColumns * 2;  // of a warp
   static constexpr int kZerosAt = kStagedAt + kWarps * kStagedBytes;
-  static constexpr int kNotesAt = kWithDq ? kZerosAt + kStagedBytes : kStagedAt;
+  static constexpr int kLinesAt = kWithDq ? kZerosAt + kStagedBytes : kStagedAt;
+  static constexpr int kNotesAt = kLinesAt + Block::kGroups * 2 * kTermsBytes;
   static constexpr int kSlotsAt = kNotesAt + kStages * static_cast<int>(sizeof(TileNote));
   static constexpr int kBarriersAt = kSlotsAt + kGradientSlots * static_cast<int>(sizeof(Slot));
   static constexpr size_t kSharedBytes = kBarriersAt + 8 * (4 * kStages + GradientBarriers::kCount + kCodesPlaces);
@@ -75,6 +76,10 @@ struct DkvConfig : DkvBlock<kHeadDim_> {
   static __device__ GradientBarriers barriers(uint32_t base) { return {base + kBarriersAt + 32 * kStages}; }
   static __device__ int codes_full(int place) {
     return kBarriersAt + 32 * kStages + 8 * GradientBarriers::kCount + 8 * place;
+  }
+  // Of a warpgroup's n-th tile; those of the one before may still be read.
+  static __device__ QueryTerms* lines(unsigned char* shared, int group, int n) {
+    return reinterpret_cast<QueryTerms*>(shared + kLinesAt + (2 * group + n % 2) * kTermsBytes);
   }
   static __device__ Slot& slot(unsigned char* shared, int turn) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt)[turn % kGradientSlots];

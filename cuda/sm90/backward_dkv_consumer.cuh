@@ -14,6 +14,14 @@ struct DkvProgress {
   typename DqPart<Config>::Place place;  // of the next of these
 };
 
+// The lines of a tile's queries for a warpgroup's 64 keys: terms times the scales of these. Once a warpgroup, not once a thread.
+__device__ __forceinline__ void write_lines(QueryTerms* lines, const QueryTerms* terms, float k_scale, float v_scale) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  float2 half = reinterpret_cast<const float2*>(terms)[thread];
+  half.x *= thread % 2 == 0 ? k_scale : v_scale;
+  reinterpret_cast<float2*>(lines)[thread] = half;
+}
+
 // dK and dV of the rows of the slot of `turn`, and their share of dQ.
 template <class Config>
 __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn,
@@ -28,9 +36,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const int warp_row = 64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16;
   unsigned char* const region = shared + Config::kWarpsAt + warp_row / 16 * 2 * Config::kWarpBytes;
   const float k_scale = Config::slot(shared, turn).k_scale[group], v_scale = Config::slot(shared, turn).v_scale[group];
-  const Part part(call.dq, call.dq_factor, shared, group);
-  const int batch = kWithDq ? from_lane_0(Config::slot(shared, turn).b) : 0;
   const int first_head = kWithDq ? from_lane_0(Config::slot(shared, turn).head) * call.group_heads : 0;
+  const Part part(call.dq, call.dq_factor, shared, group, first_head);
+  const int batch = kWithDq ? from_lane_0(Config::slot(shared, turn).b) : 0;
 
   int s[kGradientValues], d[kGradientValues];
   float dk[kHeadDim / 2] = {}, dv[kHeadDim / 2] = {};
@@ -61,10 +69,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
       const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
       flags = from_lane_0(note.flags);
-      if constexpr (kWithDq) {
-        tile.query = from_lane_0(note.key) * kGradientTile;
-        tile.head = first_head + __float_as_int(from_lane_0(note.scale[0]));
-      }
+      tile.query = from_lane_0(note.key) * kGradientTile;
+      tile.head = __float_as_int(from_lane_0(note.scale[0]));  // within the group
       if (flags & (Config::kStop | Config::kNone << group)) break;
       const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
       const uint32_t queries = units + scores_at / 16;
@@ -81,12 +87,14 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         add_exactly(region, dk, summed == kExactTiles);
         add_exactly(region + Config::kWarpBytes, dv, summed == kExactTiles);
       }
+      QueryTerms* const lines = Config::lines(shared, group, summed);
+      write_lines(lines, reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes), k_scale, v_scale);
+      ptx::bar_sync(1 + group, 128);
       ptx::wgmma_wait_group<0>();
       ptx::keep_in_registers(s);
       ptx::keep_in_registers(d);
+      release(base + Config::scores_empty(stage));
 
-      const auto* const terms =
-          reinterpret_cast<const QueryTerms*>(shared + scores_at + 2 * Config::kTileBytes) + 2 * t;
       uint32_t codes_there = 0, sums_there = 0;
       if constexpr (kWithDq) codes_there = part.ask(place.due());
 #pragma unroll
@@ -96,8 +104,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int n = i / 2, column = i % 2;
-          const QueryTerms term = terms[(2 * c + n) * 8 + column];
-          const Line score{term.score * k_scale, term.shift}, gradient{term.gain * v_scale, term.offset};
+          const QueryTerms line = lines[(2 * c + n) * 8 + 2 * t + column];
+          const Line score{line.score, line.shift}, gradient{line.gain, line.offset};
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             const int at = 4 * n + 2 * r + column;
@@ -116,12 +124,10 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
         const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
                                static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
-        const uint32_t seen = seen_of_keys(slot.mask, slot.row + upper, from_lane_0(note.key) * kGradientTile, sound, t,
-                                           MaskOffsets(p, __float_as_int(from_lane_0(note.scale[0]))).dense);
+        const uint32_t seen = seen_of_keys(slot.mask, slot.row + upper, tile.query, sound, t, MaskOffsets(p, tile.head).dense);
         hide_codes(p_operand, seen);
         hide_codes(g_operand, seen);
       }
-      release(base + Config::scores_empty(stage));
       if (kWithDq && !codes_there) part.wait(place.due());
       if (!sums_there) ptx::mbarrier_wait(base + Config::sums_full(stage), phase);
       const uint32_t sums = units + (Config::kSumsAt + stage * Config::kSumsBytes) / 16;

@@ -92,13 +92,15 @@ struct DqPart {
   };
   const CUtensorMap& map;
   float factor;
+  int first_head;
   uint32_t base;
   int group, warp;
   unsigned char* staged;
 
-  __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group)
+  __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group, int first_head)
       : map(map),
         factor(factor),
+        first_head(first_head),
         base(ptx::shared_address(shared)),
         group(group),
         warp(static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize % 4))),
@@ -138,7 +140,7 @@ struct DqPart {
   __device__ __forceinline__ void send(const QueryTile& tile, int batch, bool some) const {
     __syncwarp();
     ptx::cp_reduce_async_bulk_tensor_3d_if(
-        &map, ptx::shared_address(staged), tile.head * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
+        &map, ptx::shared_address(staged), (first_head + tile.head) * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
         tile.query + 16 * warp, batch, some);
     ptx::cp_async_bulk_commit();
   }
