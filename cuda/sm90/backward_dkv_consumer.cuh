@@ -139,6 +139,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       // dV and dK; before them the product for dQ that is due, whose sums are sent while they are multiplied.
       const auto multiply = [&](auto with_dq) {
         float dq[Part::kValues];  // of an earlier tile; of whatever lies there, if there is none
+        if constexpr (kWithDq) part.store(place, pairs);
         ptx::wgmma_fence();
         if constexpr (decltype(with_dq)::value) part.start(dq, place.due());
         multiply_gradients<kHeadDim>(dv, p_operand, sums, summed > 0);
@@ -146,7 +147,6 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         ptx::wgmma_commit_group();
         scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
         if constexpr (kWithDq) {
-          part.store(place, pairs);
           if constexpr (decltype(with_dq)::value) {
             part.wait_for_staged();
             ptx::wgmma_wait_group<1>();

@@ -41,11 +41,11 @@ __device__ __forceinline__ void pair_keys(uint32_t (&pairs)[kGradientRegisters],
   ptx::keep_in_registers(pairs);  // before products have g as their operand: then nobody else may read it
 }
 
-// Writes them to their warpgroup's tile of G, [64 queries][64 keys].
-__device__ __forceinline__ void store_codes(uint32_t tile, const uint32_t (&pairs)[kGradientRegisters]) {
-  using Tile = SharedTile<kGradientTile, 64>;
-  const int thread = ptx::opaque_thread();
-  const uint32_t first = tile + Tile::offset(thread % kWarpSize, thread / kWarpSize % 4);
+// Where a thread writes in its warpgroup's tile of G, [64 queries][64 keys].
+__device__ __forceinline__ int code_offset() {
+  return SharedTile<kGradientTile, 64>::offset(static_cast<int>(threadIdx.x) % kWarpSize, static_cast<int>(threadIdx.x) / kWarpSize % 4);
+}
+__device__ __forceinline__ void store_codes(uint32_t first, const uint32_t (&pairs)[kGradientRegisters]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // the twist repeats every 8 rows
     const uint32_t* const x = pairs + 4 * half;
@@ -95,6 +95,7 @@ struct DqPart {
   int first_head;
   uint32_t base;
   int group, warp;
+  int code_at;
   unsigned char* staged;
 
   __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group, int first_head)
@@ -104,6 +105,7 @@ struct DqPart {
         base(ptx::shared_address(shared)),
         group(group),
         warp(static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize % 4))),
+        code_at(group * Config::kCodesTile + code_offset()),
         staged(shared + Config::kStagedAt + (4 * group + warp) * Config::kStagedBytes) {}
 
   __device__ __forceinline__ uint32_t codes(Place place) const { return base + Config::kCodesAt + place.index * Config::kCodesBytes; }
@@ -116,7 +118,7 @@ struct DqPart {
   }
 
   __device__ __forceinline__ void store(Place place, const uint32_t (&pairs)[kGradientRegisters]) const {
-    store_codes(codes(place) + group * Config::kCodesTile, pairs);
+    store_codes(codes(place) + code_at, pairs);
   }
   // The product of a tile, a group of its own.
   __device__ __forceinline__ void start(float (&sums)[kValues], Place place) const {
