@@ -58,19 +58,23 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::keep_in_registers(dk);
     ptx::keep_in_registers(dv);
   };
-  uint32_t scores_there = 0;
+  // The note of the next tile. Read as soon as that is there, which takes a while.
+  const auto read_note = [&](QueryTile& tile, uint32_t& flags) {
+    const int stage = static_cast<int>(count % Config::kStages);
+    ptx::mbarrier_wait(base + Config::scores_full(stage), count / Config::kStages % 2);
+    const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
+    flags = from_lane_0(note.flags);
+    tile.query = from_lane_0(note.key) * kGradientTile;
+    tile.head = __float_as_int(from_lane_0(note.scale[0]));  // within the group
+  };
+  QueryTile tile, next;
+  uint32_t flags, next_flags;
+  read_note(tile, flags);
   while (true) {
-    uint32_t flags;
-    QueryTile tile;
     bool under_way = false;
     while (true) {
       const int stage = static_cast<int>(count % Config::kStages);
       const uint32_t phase = count / Config::kStages % 2;
-      if (!scores_there) ptx::mbarrier_wait(base + Config::scores_full(stage), phase);
-      const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
-      flags = from_lane_0(note.flags);
-      tile.query = from_lane_0(note.key) * kGradientTile;
-      tile.head = __float_as_int(from_lane_0(note.scale[0]));  // within the group
       if (flags & (Config::kStop | Config::kNone << group)) break;
       const int scores_at = Config::kScoresAt + stage * Config::kScoresBytes;
       const uint32_t queries = units + scores_at / 16;
@@ -145,16 +149,15 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         multiply_gradients<kHeadDim>(dv, p_operand, sums, summed > 0);
         multiply_gradients<kHeadDim>(dk, g_operand, sums + Config::kTileBytes / 16, summed > 0);
         ptx::wgmma_commit_group();
-        scores_there = ask(Config::scores_full(static_cast<int>(count % Config::kStages)), count);
+        read_note(next, next_flags);
+        if constexpr (decltype(with_dq)::value) {
+          part.wait_for_staged();
+          ptx::wgmma_wait_group<1>();
+          ptx::keep_in_registers(dq);
+          part.stage(dq);
+        }
         if constexpr (kWithDq) {
-          if constexpr (decltype(with_dq)::value) {
-            part.wait_for_staged();
-            ptx::wgmma_wait_group<1>();
-            ptx::keep_in_registers(dq);
-            part.stage(dq);
-          }
-          ptx::fence_proxy_async_shared();
-          ptx::mbarrier_arrive(part.full(place));
+          part.publish(place);
           if constexpr (decltype(with_dq)::value) part.send(before[Part::kLate - 1], batch, tiles >= Part::kLate);
         }
       };
@@ -176,6 +179,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         ++made;
         place = place.next();
       }
+      tile = next;
+      flags = next_flags;
       ++tiles;
       ++summed;
       under_way = true;
@@ -192,8 +197,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       if (tiles >= Part::kLate && part.takes(made)) part.add(place.due(), before[Part::kLate - 1], batch);
       const uint32_t nothing[kGradientRegisters] = {};
       part.store(place, nothing);
-      ptx::fence_proxy_async_shared();
-      ptx::mbarrier_arrive(part.full(place));
+      part.publish(place);
       before[Part::kLate - 1] = before[0];
       before[0] = tile;
       ++made;
@@ -203,7 +207,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     release(base + Config::sums_empty(stage));
     ++count;
     ++tiles;
-    scores_there = 0;
+    read_note(tile, flags);
   }
   if constexpr (kWithDq) {
 #pragma unroll

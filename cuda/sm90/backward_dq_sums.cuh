@@ -120,6 +120,11 @@ struct DqPart {
   __device__ __forceinline__ void store(Place place, const uint32_t (&pairs)[kGradientRegisters]) const {
     store_codes(codes(place) + code_at, pairs);
   }
+  // Says that they are there.
+  __device__ __forceinline__ void publish(Place place) const {
+    ptx::fence_proxy_async_shared();
+    ptx::mbarrier_arrive(full(place));
+  }
   // The product of a tile, a group of its own.
   __device__ __forceinline__ void start(float (&sums)[kValues], Place place) const {
     const int channels = Config::kInTurn ? 0 : group * (kOutTileColumns * 64);
