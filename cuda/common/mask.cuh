@@ -71,7 +71,8 @@ struct Span {
 struct Mask {
   int b, n;
   int queries, keys, offset, left, right;
-  int state_all;  // what `state` is where everything is seen
+  static constexpr int kBlockSeen = 1;  // entry of a block mask
+  int state_all;                        // what `state` is where everything is seen
   const int32_t* q_seg;
   const int32_t* kv_seg;
   const uint8_t* dense;  // looked at where a mask has an entry for each pair
@@ -100,7 +101,7 @@ struct Mask {
     }
     dense = state = nullptr;
     stride_t = stride_s = state_stride_t = state_stride_s = 0;
-    state_all = p.mask_tile > 1 ? 1 : static_cast<int>(TileView::kAll);
+    state_all = p.mask_tile > 1 ? kBlockSeen : static_cast<int>(TileView::kAll);
     if (p.mask != nullptr) {
       dense = p.mask + b * p.mask_strides[0] + n * p.mask_strides[1];
       stride_t = p.mask_strides[2];
@@ -119,12 +120,14 @@ struct Mask {
     const int diagonal = j - i - offset;
     if (i >= queries || j >= keys || diagonal < -left || diagonal > right) return false;
     if (q_seg != nullptr && q_seg[i] != kv_seg[j]) return false;
-    return dense == nullptr || state_all == 1 || dense[dense_offset + i * stride_t + j * stride_s] != 0;
+    return dense == nullptr || in_blocks() || dense[dense_offset + i * stride_t + j * stride_s] != 0;
   }
 
-  // Whether bounds and window alone decide within such a tile.
-  __device__ bool spans_only() const { return q_seg == nullptr && (dense == nullptr || state_all == 1); }
+  // Whether the mask has an entry for each tile: such a tile is then seen whole, as far as it is concerned.
+  __device__ bool in_blocks() const { return state_all == kBlockSeen; }
 
+  // Whether bounds and window alone decide within such a tile.
+  __device__ bool spans_only() const { return q_seg == nullptr && (dense == nullptr || in_blocks()); }
 
   // The keys that bounds and window leave to query i.
   __device__ Span keys_of(int i) const {

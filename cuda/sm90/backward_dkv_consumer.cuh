@@ -22,6 +22,47 @@ __device__ __forceinline__ void write_lines(QueryTerms* lines, const QueryTerms*
   reinterpret_cast<float2*>(lines)[thread] = half;
 }
 
+// Which of a thread's scores count, for hide_codes: of keys of the slot of `turn` and a tile of queries.
+template <class Config>
+__device__ __forceinline__ uint32_t seen_of_tile(const BackwardCall& p, unsigned char* shared, int turn,
+                                                 const QueryTile& tile) {
+  using Rows = SharedTile<8, Config::kHeadDim>;
+  const unsigned char* const codes = shared;  // of the block's keys
+  const auto& slot = Config::slot(shared, turn);
+  const int thread = ptx::opaque_thread();
+  const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
+  const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
+                         static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
+  return seen_of_keys(slot.mask, slot.row + upper, tile.query, sound, static_cast<int>(threadIdx.x) % 4,
+                      MaskOffsets(p, tile.head).dense);
+}
+
+// A warp's sums, those in its region included, become dK and dV of the rows of the slot of `turn`.
+template <class Config>
+__device__ __forceinline__ void store_dkv(const DkvCall& call, unsigned char* shared, int turn, unsigned char* region, bool exact,
+                                          float (&dk)[Config::kHeadDim / 2], float (&dv)[Config::kHeadDim / 2]) {
+  constexpr int kHeadDim = Config::kHeadDim;
+  const BackwardCall& p = call.p;
+  collect(region, dk, exact);
+  collect(region + Config::kWarpBytes, dv, exact);
+  const auto& slot = Config::slot(shared, ptx::opaque(turn));
+  const int consumer = ptx::opaque_thread() - 128;
+  const int b = slot.b, head = slot.head, first_row = slot.row + consumer / kWarpSize * 16;
+  const auto store = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factor_of, const CUtensorMap& map,
+                         bool tiled, void* out, Dtype dtype) {
+    const auto* const pairs = reinterpret_cast<const float2*>(factor_of) + ptx::opaque_thread() % 4;
+    const auto outputs = [&](int n) {
+      const float2 factor = pairs[4 * n];
+      const FourOutputs y = FromArray<kHeadDim>{x}(n);
+      return FourOutputs{{y.upper.x * factor.x, y.upper.y * factor.y}, {y.lower.x * factor.x, y.lower.y * factor.y}};
+    };
+    store_gradients<kHeadDim>(map, tiled, sums, outputs, out, dtype, b, first_row, p.shape.keys, head, p.shape.kv_heads,
+                              p.shape.head_dim);
+  };
+  store(dk, region, slot.factor, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
+  store(dv, region + Config::kWarpBytes, slot.factor + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
+}
+
 // dK and dV of the rows of the slot of `turn`, and their share of dQ.
 template <class Config>
 __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* shared, int group, int turn,
@@ -51,6 +92,8 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   const uint32_t keys = units + group * 64 * kHeadDim / 16;
   ptx::mbarrier_wait(barriers.rows_full(), turn % 2);
 
+  QueryTile tile, next;
+  uint32_t flags, next_flags;
   // Barriers are asked ahead, because the answer takes a while: "there" is a yes.
   const auto ask = [&](int barrier, uint32_t n) { return ptx::mbarrier_try_wait(base + barrier, n / Config::kStages % 2); };
   const auto wait_for_gradients = [&] {
@@ -67,8 +110,16 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     tile.query = from_lane_0(note.key) * kGradientTile;
     tile.head = __float_as_int(from_lane_0(note.scale[0]));  // within the group
   };
-  QueryTile tile, next;
-  uint32_t flags, next_flags;
+  // The codes of the tile at hand have been written.
+  const auto move_on = [&] {
+    if constexpr (kWithDq) {
+      before[Part::kLate - 1] = before[0];
+      before[0] = tile;
+      ++made;
+      place = place.next();
+    }
+    ++tiles;
+  };
   read_note(tile, flags);
   while (true) {
     bool under_way = false;
@@ -121,14 +172,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         E4m3Values::pack(g_operand + 2 * c, x);
       }
       if (__builtin_expect(flags & (Config::kHide << group), 0)) {
-        using Rows = SharedTile<8, kHeadDim>;
-        const unsigned char* const codes = shared;  // of the block's keys
-        const auto& slot = Config::slot(shared, turn);
-        const int thread = ptx::opaque_thread();
-        const int upper = (thread / kWarpSize - 4) * 16 + thread % kWarpSize / 4;
-        const bool sound[2] = {static_cast<int8_t>(codes[Rows::offset(upper, 0)]) != kBadCode,
-                               static_cast<int8_t>(codes[Rows::offset(upper + 8, 0)]) != kBadCode};
-        const uint32_t seen = seen_of_keys(slot.mask, slot.row + upper, tile.query, sound, t, MaskOffsets(p, tile.head).dense);
+        const uint32_t seen = seen_of_tile<Config>(p, shared, turn, tile);
         hide_codes(p_operand, seen);
         hide_codes(g_operand, seen);
       }
@@ -173,15 +217,9 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
         }
         release(base + Config::sums_empty(stage));
       }
-      if constexpr (kWithDq) {
-        before[Part::kLate - 1] = before[0];
-        before[0] = tile;
-        ++made;
-        place = place.next();
-      }
+      move_on();
       tile = next;
       flags = next_flags;
-      ++tiles;
       ++summed;
       under_way = true;
     }
@@ -198,15 +236,11 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       const uint32_t nothing[kGradientRegisters] = {};
       part.store(place, nothing);
       part.publish(place);
-      before[Part::kLate - 1] = before[0];
-      before[0] = tile;
-      ++made;
-      place = place.next();
     }
+    move_on();
     ptx::mbarrier_wait(base + Config::sums_full(stage), count / Config::kStages % 2);
     release(base + Config::sums_empty(stage));
     ++count;
-    ++tiles;
     read_note(tile, flags);
   }
   if constexpr (kWithDq) {
@@ -226,29 +260,10 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
   release(base + Config::sums_empty(last));
   ++count;
 
-  // --------------------------------------------------------------------------------------- epilogue
   // What was sent before from where the exact sums lie has been read if sums of dQ have been staged since.
   if (!kWithDq || tiles < (kInTurn ? Config::kGroups : 1)) wait_for_sent_tiles();
-  collect(region, dk, summed > kExactTiles);
-  collect(region + Config::kWarpBytes, dv, summed > kExactTiles);
-  const AttentionShape& shape = p.shape;
-  const auto& slot = Config::slot(shared, ptx::opaque(turn));
-  const int consumer = ptx::opaque_thread() - 128;
-  const int b = slot.b, head = slot.head, first_row = slot.row + consumer / kWarpSize * 16;
-  const auto finish = [&](float (&x)[kHeadDim / 2], unsigned char* sums, const float* factor_of, const CUtensorMap& map,
-                          bool tiled, void* out, Dtype dtype) {
-    const auto* const pairs = reinterpret_cast<const float2*>(factor_of) + ptx::opaque_thread() % 4;
-    const auto outputs = [&](int n) {
-      const float2 factor = pairs[4 * n];
-      const FourOutputs y = FromArray<kHeadDim>{x}(n);
-      return FourOutputs{{y.upper.x * factor.x, y.upper.y * factor.y}, {y.lower.x * factor.x, y.lower.y * factor.y}};
-    };
-    store_gradients<kHeadDim>(map, tiled, sums, outputs, out, dtype, b, first_row, shape.keys, head, shape.kv_heads,
-                              shape.head_dim);
-  };
-  finish(dk, region, slot.factor, call.dk, call.tiled_dk, p.dk, p.dk_dtype);
-  finish(dv, region + Config::kWarpBytes, slot.factor + kHeadDim, call.dv, call.tiled_dv, p.dv, p.dv_dtype);
-  if constexpr (kWithDq) report_added(p.w.added + slot.kv_plane);
+  store_dkv<Config>(call, shared, turn, region, summed > kExactTiles, dk, dv);
+  if constexpr (kWithDq) report_added(p.w.added + Config::slot(shared, ptx::opaque(turn)).kv_plane);
   ptx::mbarrier_arrive(barriers.slot_empty(ptx::opaque(turn) % kGradientSlots));
 }
 
