@@ -29,7 +29,7 @@ __device__ __forceinline__ void cp_async_bulk_tensor_3d_store(const void* tensor
                "r"(shared), "r"(x), "r"(y), "r"(z)
                : "memory");
 }
-// Adds it to that box, if `counts`, by the lane that elect_one() names: without a branch.
+// Adds it to that box, if `counts`: by all lanes of a warp, of which one does so (elect_one), without a branch.
 __device__ __forceinline__ void cp_reduce_async_bulk_tensor_3d_if(const void* tensor_map, uint32_t shared, int x, int y, int z,
                                                                   bool counts) {
   asm volatile(

@@ -19,7 +19,7 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 // x, which is the same in all lanes, in a way that the compiler understands.
 __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// True in one lane of the warp, always the same, of which ptxas knows that it is one. By all lanes.
+// True in one lane of the warp, always the same. By all lanes.
 __device__ __forceinline__ bool elect_one() {
   uint32_t one;
   asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(one));

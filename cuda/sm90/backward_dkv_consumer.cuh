@@ -14,7 +14,8 @@ struct DkvProgress {
   typename DqPart<Config>::Place place;  // of the next of these
 };
 
-// The lines of a tile's queries for a warpgroup's 64 keys: terms times the scales of these. Once a warpgroup, not once a thread.
+// The lines of a tile's queries for a warpgroup's 64 keys: terms times the scales of these. Once a warpgroup, half a query a
+// thread, not all of them by every thread.
 __device__ __forceinline__ void write_lines(QueryTerms* lines, const QueryTerms* terms, float k_scale, float v_scale) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   float2 half = reinterpret_cast<const float2*>(terms)[thread];
@@ -39,8 +40,9 @@ __device__ __forceinline__ uint32_t seen_of_tile(const BackwardCall& p, unsigned
 
 // A warp's sums, those in its region included, become dK and dV of the rows of the slot of `turn`.
 template <class Config>
-__device__ __forceinline__ void store_dkv(const DkvCall& call, unsigned char* shared, int turn, unsigned char* region, bool exact,
-                                          float (&dk)[Config::kHeadDim / 2], float (&dv)[Config::kHeadDim / 2]) {
+__device__ __forceinline__ void store_dkv(const DkvCall& call, unsigned char* shared, int turn, unsigned char* region,
+                                          bool exact, float (&dk)[Config::kHeadDim / 2],
+                                          float (&dv)[Config::kHeadDim / 2]) {
   constexpr int kHeadDim = Config::kHeadDim;
   const BackwardCall& p = call.p;
   collect(region, dk, exact);
@@ -101,14 +103,14 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
     ptx::keep_in_registers(dk);
     ptx::keep_in_registers(dv);
   };
-  // The note of the next tile. Read as soon as that is there, which takes a while.
+  // The note of tile `count`, when that is there. It is read ahead as well: behind the gradient products of the tile before.
   const auto read_note = [&](QueryTile& tile, uint32_t& flags) {
     const int stage = static_cast<int>(count % Config::kStages);
     ptx::mbarrier_wait(base + Config::scores_full(stage), count / Config::kStages % 2);
     const TileNote& note = reinterpret_cast<const TileNote*>(shared + Config::kNotesAt)[stage];
     flags = from_lane_0(note.flags);
     tile.query = from_lane_0(note.key) * kGradientTile;
-    tile.head = __float_as_int(from_lane_0(note.scale[0]));  // within the group
+    tile.head = __float_as_int(from_lane_0(note.scale[0]));
   };
   // The codes of the tile at hand have been written.
   const auto move_on = [&] {
@@ -207,7 +209,7 @@ __device__ __forceinline__ void compute_dkv(const DkvCall& call, unsigned char* 
       };
       if constexpr (!kInTurn) {
         multiply(std::bool_constant<kWithDq>());
-      } else {  // nothing is under way where the branches meet: else ptxas serialises all products
+      } else {  // nothing is under way where these branches meet: else ptxas serialises all products
         if (part.takes(made)) {
           multiply(std::true_type());
           wait_for_gradients();

@@ -43,8 +43,11 @@ __device__ __forceinline__ void pair_keys(uint32_t (&pairs)[kGradientRegisters],
 
 // Where a thread writes in its warpgroup's tile of G, [64 queries][64 keys].
 __device__ __forceinline__ int code_offset() {
-  return SharedTile<kGradientTile, 64>::offset(static_cast<int>(threadIdx.x) % kWarpSize, static_cast<int>(threadIdx.x) / kWarpSize % 4);
+  const int thread = static_cast<int>(threadIdx.x);
+  return SharedTile<kGradientTile, 64>::offset(thread % kWarpSize, thread / kWarpSize % 4);
 }
+
+// Writes them there; `first` is the tile's address and that offset.
 __device__ __forceinline__ void store_codes(uint32_t first, const uint32_t (&pairs)[kGradientRegisters]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // the twist repeats every 8 rows
@@ -66,7 +69,7 @@ __device__ __forceinline__ void multiply_queries(float (&sums)[32], uint32_t g, 
 
 // A tile of 64 queries of a head by the block's keys.
 struct QueryTile {
-  int query, head;  // its first
+  int query, head;  // its first; within the group
 };
 
 // The part that a consumer warpgroup has in dQ: of each tile 64 channels, one tile later than dK and dV, or of every third
@@ -84,18 +87,20 @@ struct DqPart {
   struct Place {
     int index = 0;
     uint32_t phase = 0;
-    __device__ __forceinline__ Place next() const { return index == kPlaces - 1 ? Place{0, phase ^ 1} : Place{index + 1, phase}; }
-    // Of the tile that is due when this one's codes have been written.
+    __device__ __forceinline__ Place next() const {
+      return index == kPlaces - 1 ? Place{0, phase ^ 1} : Place{index + 1, phase};
+    }
+    // Of the tile kLate before, whose product is due with this one's codes. Before the first kLate tiles a barrier says yes.
     __device__ __forceinline__ Place due() const {
       return index < kLate ? Place{index + kPlaces - kLate, phase ^ 1} : Place{index - kLate, phase};
     }
   };
   const CUtensorMap& map;
   float factor;
-  int first_head;
+  int first_head;  // of queries, of the group
   uint32_t base;
-  int group, warp;
-  int code_at;
+  int group, warp;  // the latter of the former
+  int code_at;      // of this thread's codes, in a place
   unsigned char* staged;
 
   __device__ __forceinline__ DqPart(const CUtensorMap& map, float factor, unsigned char* shared, int group, int first_head)
@@ -108,14 +113,14 @@ struct DqPart {
         code_at(group * Config::kCodesTile + code_offset()),
         staged(shared + Config::kStagedAt + (4 * group + warp) * Config::kStagedBytes) {}
 
-  __device__ __forceinline__ uint32_t codes(Place place) const { return base + Config::kCodesAt + place.index * Config::kCodesBytes; }
+  __device__ __forceinline__ uint32_t codes(Place place) const {
+    return base + Config::kCodesAt + place.index * Config::kCodesBytes;
+  }
   __device__ __forceinline__ uint32_t full(Place place) const { return base + Config::codes_full(place.index); }
   __device__ __forceinline__ uint32_t ask(Place place) const { return ptx::mbarrier_try_wait(full(place), place.phase); }
   __device__ __forceinline__ void wait(Place place) const { ptx::mbarrier_wait(full(place), place.phase); }
   // Whether the product that is due with the n-th tile is this warpgroup's.
-  __device__ __forceinline__ bool takes(int n) const {
-    return !Config::kInTurn || n % Config::kGroups == group;
-  }
+  __device__ __forceinline__ bool takes(int n) const { return !Config::kInTurn || n % Config::kGroups == group; }
 
   __device__ __forceinline__ void store(Place place, const uint32_t (&pairs)[kGradientRegisters]) const {
     store_codes(codes(place) + code_at, pairs);
@@ -145,10 +150,9 @@ struct DqPart {
   }
   // Adds them to memory, if `some`.
   __device__ __forceinline__ void send(const QueryTile& tile, int batch, bool some) const {
+    const int channel = (first_head + tile.head) * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns);
     __syncwarp();
-    ptx::cp_reduce_async_bulk_tensor_3d_if(
-        &map, ptx::shared_address(staged), (first_head + tile.head) * Config::kHeadDim + (Config::kInTurn ? 0 : group * kOutTileColumns),
-        tile.query + 16 * warp, batch, some);
+    ptx::cp_reduce_async_bulk_tensor_3d_if(&map, ptx::shared_address(staged), channel, tile.query + 16 * warp, batch, some);
     ptx::cp_async_bulk_commit();
   }
   // All of it at once.
