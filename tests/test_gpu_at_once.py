@@ -142,15 +142,17 @@ def test_sums_that_add_up_coherently_stay_finite(cosine, keys, head_dim):
     assert relative_l2(apart, exact) < 0.08
 
 
+@pytest.mark.parametrize("tensors", [("dq",), ("dk", "dv")], ids="-".join)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_many_keys_do_not_wear_the_sums_out(head_dim):
-    """dQ of 128 times as many additions is as accurate."""
+def test_long_sequences_do_not_wear_the_sums_out(head_dim, tensors):
+    """dQ of 128 times as many keys is as accurate, and so are dK and dV of as many queries."""
 
-    def error(keys):
+    def errors(tokens):
         draw = jax.random.split(jax.random.key(5), 4)
-        shapes = [(1, n, 1, head_dim) for n in (256, keys, keys, 256)]
+        queries, keys = (256, tokens) if "dq" in tensors else (tokens, 256)
+        shapes = [(1, n, 1, head_dim) for n in (queries, keys, keys, queries)]
         q, k, v, dout = (jax.random.normal(a, s).astype(jnp.bfloat16) for a, s in zip(draw, shapes, strict=True))
-        report = accuracy.compare(q, k, v, dout=dout, recipes=["train8"], implementation="cuda")
-        return report.errors["train8"]["dq"].rel_l2
+        found = accuracy.compare(q, k, v, dout=dout, recipes=["train8"], implementation="cuda").errors["train8"]
+        return np.array([found[tensor].rel_l2 for tensor in tensors])
 
-    assert error(65536) < 1.15 * error(512)
+    assert (errors(65536) < 1.15 * errors(512)).all()
