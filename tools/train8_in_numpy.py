@@ -18,23 +18,23 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from sage_jax.accuracy import exact, synthetic
+from sage_jax.accuracy import error, exact, synthetic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DATA = ("normal", "outlier", "sink", "sigma3")
 TENSORS = ("o", "dq", "dk", "dv")
 
 
+def codes(x):
+    """x as saturating e4m3 codes."""
+    return np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
 def e4m3(x, largest=448.0):
     """x rounded to e4m3 codes, of which the largest of each channel is `largest`."""
     scale = np.abs(x).max(axis=0, keepdims=True) / largest
     scale = np.where(scale == 0, 1, scale)
-    return (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
-
-
-def codes(x):
-    """x as saturating e4m3 codes."""
-    return np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return codes(x / scale) * scale
 
 
 def int8(x, tokens=1):
@@ -71,8 +71,7 @@ def errors(name, tokens, head_dim):
     inputs = synthetic(name, jax.random.key(0), tokens=tokens, head_dim=head_dim, dtype=jnp.bfloat16)
     truth = exact(*inputs)
     found = train8(*(np.asarray(x, np.float32)[0, :, 0] for x in inputs))
-    distance = {t: found[t] - np.asarray(truth[t], np.float32)[0, :, 0] for t in TENSORS}
-    return {t: float(np.linalg.norm(distance[t]) / np.linalg.norm(distance[t] - found[t])) for t in TENSORS}
+    return {t: error(found[t][None, :, None], truth[t]).rel_l2 for t in TENSORS}
 
 
 def measured(path, name, tokens, head_dim):
@@ -98,8 +97,8 @@ def main(words=None):
         for name in options.data:
             device = measured(options.results, name, options.tokens, head_dim)
             cells = [
-                f"{error:.4f}" + (f" ({device[t]:.4f}, {device[t] / error:.2f})" if t in device else "")
-                for t, error in errors(name, options.tokens, head_dim).items()
+                f"{ours:.4f}" + (f" ({device[t]:.4f}, {device[t] / ours:.2f})" if t in device else "")
+                for t, ours in errors(name, options.tokens, head_dim).items()
             ]
             print(f"{head_dim:4} {name:8} " + "  ".join(cells), flush=True)
 
