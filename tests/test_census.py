@@ -56,15 +56,6 @@ def test_complains_about_spills(change, complaint):
     assert complaint in sentence
 
 
-def test_takes_the_spills_that_it_knows_and_no_others(monkeypatch):
-    extra = "        /*0050*/                   STL [R1], R16 ;"
-    (kernel,) = kernels(extra=extra, stack=8)
-    monkeypatch.setitem(census.SPILLS, (kernel.arch, kernel.name), (8, 1))
-    assert census.violations([kernel]) == []
-    (sentence,) = census.violations(kernels(extra=extra, stack=16))
-    assert "spills: 1 local loads and stores, a stack frame of 16 bytes" in sentence
-
-
 @pytest.mark.parametrize("opcode", ["LDGSTS", "LDSM", "IMMA", "QMMA"])
 def test_complains_about_a_missing_instruction(opcode):
     (kernel,) = kernels()

@@ -20,11 +20,6 @@ __device__ __forceinline__ uint32_t cvt_bf16x2_f32(float low, float high) {
   return r;
 }
 
-__device__ __forceinline__ void cvt_f32_bf16x2(float& low, float& high, uint32_t pair) {
-  low = __uint_as_float(pair << 16);
-  high = __uint_as_float(pair & 0xffff0000u);
-}
-
 __device__ __forceinline__ void cvt_f32_f16x2(float& low, float& high, uint32_t pair) {
   asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
       : "=f"(low), "=f"(high)

@@ -97,6 +97,16 @@ struct TokenPairs {
   __device__ __forceinline__ void check(Rows, const PlaneIndex& at, Tokens tokens) {
     const int left = at.valid - tokens.first;
     bad = 0;
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      largest = Piece::larger(largest, Piece::larger(k[i].magnitude(), v[i].magnitude()));
+    }
+    if (__all_sync(kFullWarp, Piece::finite(largest))) {  // as nearly always
+#pragma unroll
+      for (int i = 0; i < kPerThread; ++i) used[i] = Tokens::distance(i) < left;  // others have been read as zeros
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const bool valid = Tokens::distance(i) < left;

@@ -43,14 +43,18 @@ __device__ __forceinline__ GroupScale value_scale(const QuantizeKvParams& p, flo
   return {1.0f, 1.0f};
 }
 
+__device__ __forceinline__ float largest_of_tokens(const float (&x)[kPerThread][kChannels]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
+  return largest;
+}
+
 // The scale of the block's tokens and channels as one INT8 group.
 template <class Rows>
 __device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kChannels],
                                                  float* scratch) {
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
-  return group_scale(block_max<Rows::kThreads>(largest, scratch), 127.0f);
+  return group_scale(block_max<Rows::kThreads>(largest_of_tokens(x), scratch), 127.0f);
 }
 
 // What the backward pass scales its operands by: of the keys that a thread has seen the largest |K̂| of its channels, and the
@@ -66,7 +70,7 @@ struct LargestKeys {
     norms[threadIdx.x] = 0.0f;
   }
   __device__ __forceinline__ void add_norm(float x) {
-    float& norm = norms[ptx::opaque(threadIdx.x)];
+    float& norm = norms[ptx::opaque_thread()];
     norm = fmaxf(norm, x);
   }
 
@@ -78,7 +82,7 @@ struct LargestKeys {
     };
 #pragma unroll
     for (int c = 0; c < kChannels; c += 4) {
-      float4& most = channels[c / 4][ptx::opaque(threadIdx.x)];
+      float4& most = channels[c / 4][ptx::opaque_thread()];
       most = make_float4(larger(most.x, c), larger(most.y, c + 1), larger(most.z, c + 2), larger(most.w, c + 3));
     }
   }
@@ -126,23 +130,23 @@ __device__ __forceinline__ void subtract(float (&x)[kChannels], const float (&me
   for (int c = 0; c < kChannels; ++c) x[c] = fmaf(times, mean[c], x[c]);
 }
 
-// A tile of 64 tokens; reads tile `next`, if there is one, into x as its registers become free.
+// A tile of 64 tokens; reads tile `next`, if there is one, into x as its registers become free. `scratch[0]` and `scratch[3]`
+// serve one tile and the next in turns: there may be no other barrier between two.
 template <int kHeadDim, class Piece>
 __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index, int next,
                                            TokenPairs<Piece>& x,
                                            const ChannelConstants<kHeadDim>& constants,
                                            TransposedTile<kHeadDim>& transposed,
-                                           float (&scratch)[3][2 * kHeadDim / kWarpSize],
+                                           float (&scratch)[4][2 * kHeadDim / kWarpSize], int turn,
                                            LargestKeys<2 * kHeadDim>& seen) {
   using Rows = RowBlock<kHeadDim>;
   // Lest addresses wait in registers for the next tile.
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), row = Rows::row(thread), channel = Rows::channel(thread);
+  const int thread = ptx::opaque_thread(), row = Rows::row(thread), channel = Rows::channel(thread);
   const int64_t plane = ptx::opaque(static_cast<int>(at.plane)), tile = plane * at.tiles + tile_index;
   const uint32_t bad = x.bad;
   bool used[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) used[i] = x.used[i];
-  const bool bad_tile = __syncthreads_or(bad != 0);
   const PiOrder tokens(tile_index, row);
   const int left = p.shape.keys - tokens.first;
   const int64_t first = (plane * p.shape.keys + tokens.first) * kHeadDim + channel;
@@ -169,7 +173,10 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
     subtract(y[i], mean, used[i]);
   }
   if (next < at.tiles) x.load_keys(p, at, PiOrder(next, row), channel);
-  const GroupScale key_scale = tile_scale<Rows>(y, scratch[0]);
+  bool bad_tile;
+  const float largest_key = block_max<Rows::kThreads>(largest_of_tokens(y), scratch[3 * turn],
+                                                      [&] { bad_tile = __syncthreads_or(bad != 0); });
+  const GroupScale key_scale = group_scale(largest_key, 127.0f);
   if (p.dp != DpFormat::kNone) seen.add_keys(y, key_scale);
   write_tokens(p.k8, [&](int i) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
@@ -255,7 +262,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   using Rows = RowBlock<kHeadDim>;
   __shared__ TransposedTile<kHeadDim> transposed;
   __shared__ ChannelConstants<kHeadDim> constants;
-  __shared__ float scratch[3][Rows::kThreads / kWarpSize];
+  __shared__ float scratch[4][Rows::kThreads / kWarpSize];
   __shared__ uint32_t channel_max[kHeadDim];
   __shared__ LargestKeys<Rows::kThreads> seen;
   const int count = strands(p.shape);
@@ -281,7 +288,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   seen.clear();
   __syncthreads();
 #pragma unroll 1
-  while (visit >= 0) {
+  for (int turn = 0; visit >= 0; turn ^= 1) {
     const int tile = walk.tile(visit);
     do {
       --visit;
@@ -289,11 +296,11 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
     const int next = Piece::kReadsAhead && visit >= 0 ? walk.tile(visit) : at.tiles;
     if (!Piece::kReadsAhead) x.load(p, at, PiOrder(tile, Rows::row()), Rows::channel());
     x.check(Rows(), at, PiOrder(tile, Rows::row()));
-    write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch, seen);
+    write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch, turn, seen);
   }
   if (p.dp == DpFormat::kNone) return;
   __syncthreads();
-  const float norm = block_max<Rows::kThreads>(seen.norms[ptx::opaque(threadIdx.x)], scratch[0]);
+  const float norm = block_max<Rows::kThreads>(seen.norms[ptx::opaque_thread()], scratch[1]);
   if (threadIdx.x == 0) atomicMax(reinterpret_cast<uint32_t*>(p.v_norm + at.plane), float_bits(norm));
   float most[kChannels];
   seen.channel_maxima(most);

@@ -42,6 +42,8 @@ struct QueryShare {
   }
 };
 
+constexpr float kNotFinite = -1.0f;  // in place of a scale's inverse
+
 template <class Config>
 using Pieces = typename Config::Piece[Config::kPerThread];
 
@@ -66,47 +68,41 @@ __device__ __forceinline__ void quantize_group(const QuantizeQParams& p, const Q
   using Rows = typename Config::Rows;
   constexpr int kPerThread = Config::kPerThread;
   const int channel = Rows::channel(), token = group * Config::kTokens + Rows::row();
+  const int64_t first = at.plane * p.shape.queries + token;
   // ------------------------------------------------------------------------ scales
-  float largest[kPerThread];
-  bool finite[kPerThread];
+  // Of the thread's tokens each lane finds the scale of one: the others' come from the lanes beside it.
+  const int own = channel / kChannels % kPerThread, own_distance = own * Rows::kTokensAtOnce;
+  uint32_t magnitudes[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    uint32_t magnitude = pieces[i].magnitude();
-#pragma unroll
-    for (int step = Rows::kThreadsPerToken / 2; step > 0; step /= 2) {
-      magnitude = Config::Piece::larger(magnitude, __shfl_xor_sync(kFullWarp, magnitude, step));
-    }
-    finite[i] = Config::Piece::finite(magnitude);
-    largest[i] = finite[i] ? Config::Piece::value(magnitude) : 0.0f;
-  }
-  if constexpr (!Config::kPerToken) {
-#pragma unroll
-    for (int i = 1; i < kPerThread; ++i) largest[0] = fmaxf(largest[0], largest[i]);
-    largest[0] = block_max<Rows::kThreads>(largest[0], scratch);
-#pragma unroll
-    for (int i = 1; i < kPerThread; ++i) largest[i] = largest[0];
-  }
+  for (int i = 0; i < kPerThread; ++i) magnitudes[i] = pieces[i].magnitude();
+  const uint32_t magnitude = combine_lanes<Rows::kThreadsPerToken>(
+      magnitudes, [](uint32_t a, uint32_t b) { return Config::Piece::larger(a, b); });
+  const bool finite = Config::Piece::finite(magnitude);
+  float largest = finite ? Config::Piece::value(magnitude) : 0.0f;
+  if constexpr (!Config::kPerToken) largest = block_max<Rows::kThreads>(largest, scratch);
+  const GroupScale scale = group_scale(largest, 127.0f);
+  const float own_inverse = finite ? scale.inverse : kNotFinite;
 
   // ------------------------------------------------------------------------ codes, q·mean of the keys
-  const int64_t first = at.plane * p.shape.queries + token;
+  float shifts[kPerThread];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int distance = i * Rows::kTokensAtOnce;
-    const GroupScale scale = group_scale(largest[i], 127.0f);
-    float x[kChannels], shift = 0.0f;
-    if (!finite[i]) pieces[i].clear();
+    const float inverse = __shfl_sync(kFullWarp, own_inverse, i, kPerThread);
+    if (inverse == kNotFinite) pieces[i].clear();
+    float x[kChannels];
     pieces[i].unpack(x);
+    shifts[i] = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) shift = fmaf(x[c], mean[c], shift);
-    shift = lanes_sum<Rows::kThreadsPerToken>(shift);
-    const uint2 codes = int8_codes(x, scale.inverse);
-    const bool inside = distance < p.shape.queries - token;
+    for (int c = 0; c < kChannels; ++c) shifts[i] = fmaf(x[c], mean[c], shifts[i]);
+    const uint2 codes = int8_codes(x, inverse);
     auto* const to = p.q8 + first * Config::kHeadDim + channel + distance * Config::kHeadDim;
-    if (inside) *reinterpret_cast<uint2*>(to) = codes;
-    if (inside && channel == 0) {
-      p.q_scale[first + distance] = !finite[i] ? NAN : distance < at.valid - token ? scale.scale : 0.0f;
-      p.lse_shift[first + distance] = finite[i] ? shift * p.scale : NAN;
-    }
+    if (distance < p.shape.queries - token) *reinterpret_cast<uint2*>(to) = codes;
+  }
+  const float shift = combine_lanes<Rows::kThreadsPerToken>(shifts, Add());
+  if (channel < kPerThread * kChannels && own_distance < p.shape.queries - token) {
+    p.q_scale[first + own_distance] = !finite ? NAN : own_distance < at.valid - token ? scale.scale : 0.0f;
+    p.lse_shift[first + own_distance] = finite ? shift * p.scale : NAN;
   }
 }
 

@@ -269,16 +269,21 @@ struct Add {
   __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
 };
 
-// Maximum over the block. `scratch` holds a float a warp; it may be reused after the next barrier.
-template <int kThreads>
-__device__ __forceinline__ float block_max(float x, float* scratch) {
+// Maximum over the block, which all of its threads meet in `barrier`. `scratch` holds a float a warp; it may be reused
+// after the next one.
+template <int kThreads, class Barrier>
+__device__ __forceinline__ float block_max(float x, float* scratch, const Barrier& barrier) {
   x = lanes_max<kWarpSize>(x);
   if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = x;
-  __syncthreads();
+  barrier();
   x = scratch[0];
 #pragma unroll
   for (int i = 1; i < kThreads / kWarpSize; ++i) x = fmaxf(x, scratch[i]);
   return x;
+}
+template <int kThreads>
+__device__ __forceinline__ float block_max(float x, float* scratch) {
+  return block_max<kThreads>(x, scratch, [] { __syncthreads(); });
 }
 
 // The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory. Magnitudes are
@@ -287,7 +292,7 @@ template <int kHeadDim>
 __device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
                                              const float (&largest)[kChannels], float* out) {
   using Rows = RowBlock<kHeadDim>;
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+  const int thread = ptx::opaque_thread();
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     atomicMax(&shared[Rows::channel(thread) + c], float_bits(largest[c]));

@@ -76,7 +76,8 @@ __device__ __forceinline__ void clear_largest(const QuantizeKvParams& p, int64_t
 template <int kHeadDim>
 struct StrandShared {
   static constexpr int kWarps = 2 * kHeadDim / kWarpSize;
-  float rows[2][kWarps][kHeadDim];         // of K and V; at the end largest and smallest V
+  // Of K and V; at the end largest and smallest V. Of one tile and the next in turns: a barrier a tile is enough.
+  float rows[2][2][kWarps][kHeadDim];
   float partial[kLevels][2 * kHeadDim];    // sums of the walk
   int used[kWarps];
 };
@@ -86,7 +87,6 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
   using Rows = RowBlock<kHeadDim>;
   constexpr int kWarps = StrandShared<kHeadDim>::kWarps;
   auto& shared = *reinterpret_cast<StrandShared<kHeadDim>*>(ptx::dynamic_shared());
-  auto& rows = shared.rows;
   const int count = strands(p.shape);
   const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
   const StrandWalk walk(at, count);
@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
   const int row = lane / Rows::kThreadsPerToken * kWarps + warp, channel = Rows::channel();
   const int c = static_cast<int>(threadIdx.x) % kHeadDim;  // two threads a channel
   const int tensor = static_cast<int>(threadIdx.x) / kHeadDim;
+  int turn = 0;
   // Hands the rows of a warp, already combined, to the threads of their channels.
   const auto spread = [&](int to, float (&x)[kChannels], auto combine) {
 #pragma unroll
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
       }
     }
     if (lane < Rows::kThreadsPerToken) {
-      auto* const out = reinterpret_cast<float4*>(&rows[to][warp][channel]);
+      auto* const out = reinterpret_cast<float4*>(&shared.rows[turn][to][warp][channel]);
       out[0] = make_float4(x[0], x[1], x[2], x[3]);
       out[1] = make_float4(x[4], x[5], x[6], x[7]);
     }
@@ -151,14 +152,14 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
       __syncthreads();
       float z[kWarps];
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) z[i] = rows[tensor][i][c];
+      for (int i = 0; i < kWarps; ++i) z[i] = shared.rows[turn][tensor][i][c];
 #pragma unroll
       for (int half = kWarps / 2; half > 0; half /= 2) {
 #pragma unroll
         for (int i = 0; i < half; ++i) z[i] += z[i + half];
       }
       sum = z[0];
-      __syncthreads();
+      turn ^= 1;
     }
     int level = 0;
     for (; visit >> level & 1; ++level) sum += shared.partial[level][threadIdx.x];
@@ -177,6 +178,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
   for (int step = kWarpSize / 2; step > 0; step /= 2) used += __shfl_xor_sync(kFullWarp, used, step);
   if (lane == 0) shared.used[warp] = used;
   __syncthreads();
+  const auto& rows = shared.rows[turn];
   float extreme = rows[tensor][0][c];
 #pragma unroll
   for (int i = 1; i < kWarps; ++i) {

@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       const uint32_t at = ring + filled * Config::kStageBytes;
       const int key = next * kTileKeys;
       // Registers: of two row tiles nothing that follows from the thread's number is kept between tiles.
-      const int thread = kRowTiles == 2 ? ptx::opaque(threadIdx.x) : static_cast<int>(threadIdx.x);
+      const int thread = kRowTiles == 2 ? ptx::opaque_thread() : static_cast<int>(threadIdx.x);
       const int8_t* const keys = block.keys + static_cast<int64_t>(key) * kHeadDim;
       if constexpr (kRowTiles == 2) {
         Config::KeyTile::template copy_run<Config::kThreads>(at, keys, shape.keys - key, thread);
@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   // epilogue
   const Mask& mask = block.mask;
   // Found again: else ptxas keeps rows and their addresses in registers throughout the loop.
-  const int thread = ptx::opaque(threadIdx.x), t = thread % 4;
+  const int thread = ptx::opaque_thread(), t = thread % 4;
   const int first_row =
       block.row + thread / kWarpSize * Config::kWarpRows + thread % kWarpSize / 4;
   const int first_channel = Config::kSplits == 1 ? 0 : block.channel;

@@ -105,7 +105,7 @@ struct QueryTileIndex {
 // The bits of the lane's keys that hold no NaN and no Inf; `codes` are those of the warp's first key.
 template <int kHeadDim>
 __device__ __forceinline__ uint32_t sound_keys(const int8_t* codes, int rows) {
-  const int row = ptx::opaque(threadIdx.x) % kWarpSize / 4;
+  const int row = ptx::opaque_thread() % kWarpSize / 4;
   uint32_t bits = kAllSeen;
   if (row < rows && codes[row * kHeadDim] == kBadCode) bits &= ~kUpperRow;
   if (row + 8 < rows && codes[(row + 8) * kHeadDim] == kBadCode) bits &= kUpperRow;
@@ -114,7 +114,7 @@ __device__ __forceinline__ uint32_t sound_keys(const int8_t* codes, int rows) {
 
 // The same as seen_of_keys, in fewer registers: at head dimension 256 that spills on sm_120.
 __device__ __forceinline__ uint32_t seen_pair_by_pair(const Mask& mask, int key, int query) {
-  const int lane = ptx::opaque(threadIdx.x) % kWarpSize;
+  const int lane = ptx::opaque_thread() % kWarpSize;
   uint32_t seen = 0;
 #pragma unroll 1
   for (int bit = 0; bit < 32; ++bit) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ uint32_t seen_pair_by_pair(const Mask& mask, int key,
 template <class Config>
 __device__ __forceinline__ void load_scores_operands(const BackwardCall& p, int plane,
                                                      int tile, uint32_t shared) {
-  const int thread = ptx::opaque(threadIdx.x);
+  const int thread = ptx::opaque_thread();
   constexpr int kHeadDim = Config::kHeadDim, kGradientBytes = kHeadDim * Config::Dp::kBytes;
   const int64_t row = static_cast<int64_t>(plane) * p.shape.queries + tile * kTile;
   const int64_t padded_row =
@@ -147,7 +147,7 @@ __device__ __forceinline__ void load_scores_operands(const BackwardCall& p, int 
 template <class Config>
 __device__ __forceinline__ void load_gradient_operands(const BackwardCall& p, int plane,
                                                        int tile, int channel, uint32_t shared) {
-  const int thread = ptx::opaque(threadIdx.x);
+  const int thread = ptx::opaque_thread();
   const int64_t tokens = static_cast<int64_t>(tiles_of(p.shape.queries)) * kTile;
   const int64_t at =
       (static_cast<int64_t>(plane) * Config::kHeadDim + channel) * tokens + tile * kTile;
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     typename Recipe::Operand probabilities, gradients;
     [[maybe_unused]] FloatTile e, g;
     if (works) {
-      const int column0 = ptx::opaque(threadIdx.x) % 4 * 2;
+      const int column0 = ptx::opaque_thread() % 4 * 2;
       uint32_t seen = kAllSeen;
       const KeyScales scales = plan.scales;
       const int key = plan.block.first + warp * kWarpRows;
@@ -256,8 +256,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
           seen &= seen_pair_by_pair(mask_of(at.head), key, query);
         } else {
           const bool sound[2] = {true, true};  // `seen` knows
-          seen &= seen_of_keys(mask_of(at.head), key + ptx::opaque(threadIdx.x) % kWarpSize / 4, query, sound,
-                               ptx::opaque(threadIdx.x) % 4);
+          seen &= seen_of_keys(mask_of(at.head), key + ptx::opaque_thread() % kWarpSize / 4, query, sound,
+                               ptx::opaque_thread() % 4);
         }
       }
       const auto* terms = reinterpret_cast<const QueryTerms*>(shared + Config::kTermsAt);
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     auto* maxima = reinterpret_cast<uint32_t*>(shared + Config::kMaximaAt);
     if constexpr (Recipe::kTileScales) {
       const uint32_t largest_e = works ? e.largest() : 0u, largest_g = works ? g.largest() : 0u;
-      const int thread = ptx::opaque(threadIdx.x);
+      const int thread = ptx::opaque_thread();
       if (thread % kWarpSize == 0) {
         maxima[thread / kWarpSize] = largest_e;
         maxima[kBackwardWarps + thread / kWarpSize] = largest_g;
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
 
   // --------------------------------------------------------------------------------------- epilogue
   const KeyBlock block(s, Config::kSplits, ptx::opaque(blockIdx.x));
-  const int thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize;
+  const int thread = ptx::opaque_thread(), lane = thread % kWarpSize;
   constexpr float kShare = Recipe::kTileScales ? 1.0f : 1.0f / 256.0f;  // of the e4m3 codes' scale
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

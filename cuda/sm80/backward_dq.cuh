@@ -123,7 +123,7 @@ struct KeyWalk {
     const int key = tile * kTile;
     const int64_t row = static_cast<int64_t>(plan.block.kv_plane) * p.shape.keys + key;
     constexpr int kValueBytes = Config::kHeadDim * Config::Dp::kBytes;
-    const int thread = ptx::opaque(threadIdx.x);
+    const int thread = ptx::opaque_thread();
     Config::KeyTile::template copy_run<kBackwardThreads>(at, p.k8 + row * Config::kHeadDim,
                                                          p.shape.keys - key, thread);
     Config::ValueTile::template copy_run<kBackwardThreads>(
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
     __syncthreads();                // ... and of all; nobody reads z or the other stage any more
     const int key = tile * kTile;
     Config::ZTile::template copy<kBackwardThreads>(shared_at + Config::kZAt, z + key, padded_keys,
-                                                   Config::kChannels, ptx::opaque(threadIdx.x));
+                                                   Config::kChannels, ptx::opaque_thread());
     ptx::cp_async_commit();
     const int next = walk.visible_from(tile + 1);
     if constexpr (Config::kStages == 2) {
@@ -218,8 +218,8 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
                                    with_key_scales(row_terms[8], now.k, now.v)};
       if (view == TileView::kSome || now.any_bad) {
         seen = seen_of_queries<typename Config::KeyTile>(
-            mask, block.first + warp_row + ptx::opaque(threadIdx.x) % kWarpSize / 4, key, now.any_bad,
-            shared + Config::kRingAt + stage * Config::kStageBytes, ptx::opaque(threadIdx.x) % 4);
+            mask, block.first + warp_row + ptx::opaque_thread() % kWarpSize / 4, key, now.any_bad,
+            shared + Config::kRingAt + stage * Config::kStageBytes, ptx::opaque_thread() % 4);
       }
 #pragma unroll
       for (int from = 0; from < kTileGroups; from += Config::kGroups) {
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kBackwardThreads, Config::kMinBlocks)
 
   // --------------------------------------------------------------------------------------- epilogue
   const QueryBlock block(p.shape, Config::kSplits, ptx::opaque(blockIdx.x));
-  const int thread = ptx::opaque(threadIdx.x), t = thread % 4;
+  const int thread = ptx::opaque_thread(), t = thread % 4;
   const int thread_row = thread / kWarpSize * kWarpRows + thread % kWarpSize / 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -10,6 +10,7 @@
 #include "common/dispatch.h"
 #include "common/launch.h"
 #include "common/tensor_map.h"
+#include "ptx/bulk_tensor.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/warpgroup.cuh"
@@ -29,6 +30,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   unsigned char* const shared = tiles_first;
   const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&call.q, &call.k, &call.v}) ptx::prefetch_tensor_map(map);
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::full(i), 1);
       ptx::mbarrier_init(base + Config::k_empty(i), 4 * Config::kGroups);

@@ -44,8 +44,7 @@ class Consumer {
         base_(ptx::shared_address(shared)),
         units_(base_ / 16),
         group_(group),
-        lane_(static_cast<int>(threadIdx.x) % kWarpSize),
-        warp_row_(64 * group + static_cast<int>(threadIdx.x) / kWarpSize % 4 * 16) {}
+        lane_(static_cast<int>(threadIdx.x) % kWarpSize) {}
 
   // The loop over ordinary tiles is a piece of code of its own, without a branch to anything rare: what
   // lies between costs misses of the instruction cache. Both halves of it are written out, so that
@@ -67,7 +66,7 @@ class Consumer {
       } else {
         if (flags_ & (kHide << group_)) {
           const Slot& slot = Config::slots(shared_)[slot_];
-          hide<Config>(s_, slot.mask, slot.row + warp_row_ + lane_ / 4, Config::notes(shared_)[stage_].key,
+          hide<Config>(s_, slot.mask, slot.row + warp_row() + lane_ / 4, Config::notes(shared_)[stage_].key,
                        flags_ / (kNone << 2 * group_), flags_ / (kSome << 2 * group_), flags_ & kBadKeys,
                        shared_ + Config::keys(stage_), l_);
         }
@@ -126,8 +125,9 @@ class Consumer {
     return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
   }
 
-  // P·V of the tile at hand, then the scores of the next, one warpgroup after the other: while one multiplies the
-  // others evaluate.
+  // P·V of the tile at hand and the scores of the next, one warpgroup after the other: while one multiplies the
+  // others evaluate. Both are issued before either is waited for, so that probabilities get registers of their own, not
+  // those of scores, and nothing has to be moved for the next product.
   __device__ __forceinline__ bool serial_step() {
     Turns<Config::kGroups>::wait(group_);
     ptx::keep_in_registers(p0_);
@@ -136,12 +136,10 @@ class Consumer {
         o_, p0_, units_ + (Config::kValuesAt + stage_ * Config::kValueBytes) / 16, summed_ != 0);
     ptx::wgmma_commit_group();
     summed_ += Config::kKeys;
-    const int slot = advance();
+    issue_scores(advance());
     read_note();
     choose_floor();
     wait_for_output();
-    issue_scores(slot);
-    ptx::wgmma_wait_group<0>();
     Turns<Config::kGroups>::pass(group_);
     ptx::keep_in_registers(s_);
     return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
@@ -460,7 +458,7 @@ class Consumer {
   const float zero_;
   unsigned char* const shared_;
   const uint32_t base_, units_;  // where shared memory begins, in bytes and in 16-byte units
-  const int group_, lane_, warp_row_;
+  const int group_, lane_;
   int stage_ = 0, next_stage_ = 0;  // of the tile at hand, and of the one after it
   uint32_t phase_ = 0;              // of next_stage_
   int slot_ = 0;

@@ -157,21 +157,21 @@ T __shfl_xor_sync(unsigned mask, T v, int step) {
   return sim::shuffle("__shfl_xor_sync", mask, v, [=](int i) { return i ^ step; });
 }
 template <class T>
-T __shfl_sync(unsigned mask, T v, int source) {
+T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
   // Lanes may name different sources: gather each lane's wish first.
   struct Wish {
     T v;
     int source;
-  } wish = {v, source & 31};
+  } wish = {v, source & (width - 1)};
   sim::require_full_warp(mask);
   struct Operands {
     Wish in;
     T out;
   } mine = {wish, v};
-  sim::warp_collective("__shfl_sync", &mine, [](void** lanes) {
+  sim::warp_collective("__shfl_sync", &mine, [=](void** lanes) {
     for (int i = 0; i < 32; ++i) {
       auto* to = static_cast<Operands*>(lanes[i]);
-      to->out = static_cast<Operands*>(lanes[to->in.source])->in.v;
+      to->out = static_cast<Operands*>(lanes[(i & ~(width - 1)) | to->in.source])->in.v;
     }
   });
   return mine.out;

@@ -46,6 +46,8 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline int opaque(int x) { return x; }
 
+inline int opaque_thread() { return static_cast<int>(threadIdx.x); }
+
 inline bool always(int, int) { return true; }
 
 }  // namespace sage::ptx
