@@ -226,6 +226,16 @@ struct Problem {
     check(quantize_q(p, nullptr));
   }
 
+  // Of the scores' INT8 products one unit, in log2, where it is largest.
+  double largest_unit() const {
+    const auto largest = [](const Buffer<float>& scales) {
+      float most = 0.0f;
+      for (const float x : scales.download()) most = std::isfinite(x) ? std::max(most, std::fabs(x)) : most;
+      return most;
+    };
+    return std::log2(std::exp(1.0)) * scale * largest(q_scale) * largest(k_scale);
+  }
+
   struct Result {
     Buffer<float> out, lse, m, l;
     explicit Result(const AttentionShape& s)
