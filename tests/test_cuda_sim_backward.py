@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import CASES, Case, make_inputs
+from cuda_sim import backward as sim
+from cuda_sim import library
+from metrics import assert_same_bits, relative_l2
+from oracle import quantized_attention, window
 
 from sage_jax import _workspace, reference
 from sage_jax.masking import full_bounds, no_masks
 from sage_jax.recipe import PRESETS, padded_head_dim
-from tests.cases import CASES, Case, make_inputs
-from tests.cuda_sim import backward as sim
-from tests.cuda_sim import library
-from tests.metrics import assert_same_bits, relative_l2
-from tests.oracle import quantized_attention, window
 
 pytestmark = pytest.mark.skipif(not shutil.which(library.compiler() or ""), reason="no C++ compiler")
 BOUND = 2e-3  # a code of G that rounds the other way is 1.2e-3 of a sum over 70 queries
