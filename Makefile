@@ -26,8 +26,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --no-co
 demo: $(INSTALLED)
 	@$(VENV)/bin/python examples/train_gpt.py $(ARGS)
 
+# A file stays with one process: its tests share what they have compiled.
 test: $(INSTALLED)
-	@$(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+	@$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	@$(PIP) ruff
