@@ -47,8 +47,8 @@ def test_reads_what_cuobjdump_prints():
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (dict(extra="        /*0050*/                   STL [R1+0x4], R16 ;"), "spills"),
-        (dict(stack=16), "spills"),
+        (dict(extra="        /*0050*/                   STL [R1+0x4], R16 ;"), "spills: 1 local loads and stores, a stack frame of 0 bytes"),
+        (dict(stack=16), "spills: 0 local loads and stores, a stack frame of 16 bytes"),
     ],
 )
 def test_complains_about_spills(change, complaint):

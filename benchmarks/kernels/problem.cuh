@@ -226,14 +226,14 @@ struct Problem {
     check(quantize_q(p, nullptr));
   }
 
-  // Of the scores' INT8 products one unit, in log2, where it is largest.
+  // One unit of the scores' INT8 products, where it is largest: what it changes a logit by.
   double largest_unit() const {
     const auto largest = [](const Buffer<float>& scales) {
       float most = 0.0f;
       for (const float x : scales.download()) most = std::isfinite(x) ? std::max(most, std::fabs(x)) : most;
       return most;
     };
-    return std::log2(std::exp(1.0)) * scale * largest(q_scale) * largest(k_scale);
+    return static_cast<double>(scale) * largest(q_scale) * largest(k_scale);
   }
 
   struct Result {

@@ -127,8 +127,8 @@ inline int soak(const Options& o) {
     const double scatter = 1.0 + 3.0 / std::sqrt(2.0 * static_cast<double>(ours.out.count));
     const double bound = scatter * (pv != PvFormat::kE4m3 ? 5e-3 : split || rises ? 4e-2 : 2.5e-2);
     // The offset of a score is rounded to a unit of its INT8 product, in another way where tiles are longer, so a
-    // probability differs by a unit (of log2) at most, besides what float32 sums lose.
-    const double l_bound = 1e-3 + std::log(2.0) * p.largest_unit();
+    // logit differs by about a unit at most. Over a problem's rows that scatters: half of it, besides what float32 sums lose.
+    const double l_bound = 1e-3 + 0.5 * p.largest_unit();
     bool good_gradients = true;
     if (gradients) {
       Gradients mine(p, o.seed + 7u), theirs(p, o.seed + 7u);

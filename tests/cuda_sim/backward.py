@@ -9,8 +9,7 @@ import hashlib
 import numpy as np
 
 from cuda_sim import library as base
-from cuda_sim.library import CUDA, HERE, MaskParams, Shape, _bool, _fields, _float, _int
-from cuda_sim.library import _pointer, _struct
+from cuda_sim.library import CUDA, HERE, MaskParams, Shape, _bool, _fields, _float, _int, _pointer, _struct
 
 SOURCES = (
     "attend_backward.cu",
