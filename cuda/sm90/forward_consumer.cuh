@@ -18,7 +18,6 @@
 #include "sm90/forward_values.cuh"
 #include "sm90/store_rows.cuh"
 #include "sm90/store_tiles.cuh"
-#include "sm90/turns.cuh"
 
 namespace sage::sm90 {
 
@@ -54,7 +53,6 @@ class Consumer {
     wait_for_tile();
     read_note();
     if (flags_ & kStop) return;
-    if constexpr (Config::kBuffers == 1) Turns<Config::kGroups>::begin(group_);
     ptx::mbarrier_wait(base_ + Config::slot_full(0), 0);
     begin_rows();
     issue_scores(0);
@@ -75,8 +73,8 @@ class Consumer {
       }
       if constexpr (Config::kBuffers == 1) {
         while (true) {
-          if (__builtin_expect(serial_step(), 0)) break;
-          softmax(p0_);
+          if (__builtin_expect(begin_step(p0_), 0)) break;
+          softmax<true>(p0_);
           shrink();
         }
       } else {
@@ -89,7 +87,7 @@ class Consumer {
           end_step(p0_);
         }
       }
-      if constexpr (Config::kBuffers == 2) wait_for_output();
+      wait_for_output();
       if (ended_) {
         finish_rows();
         if (flags_ & kStop) {
@@ -121,26 +119,6 @@ class Consumer {
     read_note();
     choose_floor();
     ptx::wgmma_wait_group<1>();
-    ptx::keep_in_registers(s_);
-    return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
-  }
-
-  // P·V of the tile at hand and the scores of the next, one warpgroup after the other: while one multiplies the
-  // others evaluate. Both are issued before either is waited for, so that probabilities get registers of their own, not
-  // those of scores, and nothing has to be moved for the next product.
-  __device__ __forceinline__ bool serial_step() {
-    Turns<Config::kGroups>::wait(group_);
-    ptx::keep_in_registers(p0_);
-    ptx::wgmma_fence();
-    Values::template multiply<Config>(
-        o_, p0_, units_ + (Config::kValuesAt + stage_ * Config::kValueBytes) / 16, summed_ != 0);
-    ptx::wgmma_commit_group();
-    summed_ += Config::kKeys;
-    issue_scores(advance());
-    read_note();
-    choose_floor();
-    wait_for_output();
-    Turns<Config::kGroups>::pass(group_);
     ptx::keep_in_registers(s_);
     return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
   }
@@ -198,7 +176,9 @@ class Consumer {
     flags_ = ptx::uniform(Config::notes(shared_)[stage_].flags);
   }
 
-  // Probabilities of the tile whose scores are in s_, and the state of the rows.
+  // Probabilities of the tile whose scores are in s_, and the state of the rows. With one buffer of probabilities those of the
+  // tile before may still be an operand of P·V: `kUnderWay`.
+  template <bool kUnderWay = false>
   __device__ __forceinline__ void softmax(uint32_t (&p)[Config::kProbabilities]) {
     const TileNote note = Config::notes(shared_)[stage_];
     release(Config::k_empty(stage_));
@@ -231,6 +211,7 @@ class Consumer {
       }
       l_[r] *= shrink_.by[r];
     }
+    if constexpr (kUnderWay) wait_for_output();
     exponentials<Config>(s_, multiplier, shift, zero_, l_, p);
   }
 
@@ -262,7 +243,7 @@ class Consumer {
   // Q·Kᵀ of this warpgroup's rows, on top of kStart.
   __device__ __forceinline__ void issue_scores(int slot) {
     constexpr int kRow = kHeadDim;  // bytes
-    const uint32_t a = units_ + (slot * Config::kQueryBytes + group_ * 64 * kRow) / 16;
+    const uint32_t a = units_ + (Config::kQueriesAt + slot * Config::kQueryBytes + group_ * 64 * kRow) / 16;
     const uint32_t b = units_ + (Config::kKeysAt + stage_ * Config::kKeyBytes) / 16;
     const uint64_t start = ptx::shared_operand<0, 0, 0>(units_ + Config::kStartAt / 16);
     ptx::wgmma_fence();
@@ -301,69 +282,44 @@ class Consumer {
     return shrink;
   }
 
-  // What the float32 sums have to be multiplied with for the reference of now.
-  __device__ __forceinline__ float shrink_of_exact(int within, int r) const {
-    const float m = exact_ ? Config::slots(shared_)[slot_].m[within] : -INFINITY;
-    return m == -INFINITY ? 0.0f : ptx::ex2(m - m_[r]);
-  }
-
-  // The matrix unit's sums with those in shared memory, of which each thread has its own, and the rows' l.
-  __device__ __forceinline__ void read_sums(float (&total)[kHeadDim / 2], float (&l)[2]) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const FourOutputs x = o_.at(n);
-      total[4 * n] = x.upper.x, total[4 * n + 1] = x.upper.y, total[4 * n + 2] = x.lower.x, total[4 * n + 3] = x.lower.y;
-    }
+  // Adds the sums in shared memory, of which each thread has its own, to the matrix unit's, and the rows' l.
+  __device__ __forceinline__ void read_sums(float (&l)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) l[r] = quad_sum(l_[r]);
-    if (!exact_) return;
-    float shrink[2];
+    if constexpr (Values::kExactKeys > 0) {
+      if (!exact_) return;
+      float shrink[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int within = warp_row() + lane() / 4 + 8 * r;
-      shrink[r] = shrink_of_exact(within, r);
-      l[r] = fmaf(Config::slots(shared_)[slot_].scale[within], shrink[r], l[r]);
-    }
-    const float4* const sums = reinterpret_cast<const float4*>(warp_region()) + lane();
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      const float4 old = sums[n * kWarpSize];
-      const float x[4] = {old.x, old.y, old.z, old.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[4 * n + i] = fmaf(x[i], shrink[i / 2], total[4 * n + i]);
+      for (int r = 0; r < 2; ++r) {
+        const float old_l = __shfl_sync(kFullWarp, kept_, lane() & ~3 | r);
+        const float old_m = __shfl_sync(kFullWarp, kept_, lane() & ~3 | 2 | r);
+        shrink[r] = old_m == -INFINITY ? 0.0f : ptx::ex2(old_m - m_[r]);
+        l[r] = fmaf(old_l, shrink[r], l[r]);
+      }
+      o_.add_long(reinterpret_cast<const uint4*>(warp_region()) + lane(), shrink);
     }
   }
 
   // Leaves them all in shared memory.
   __device__ __forceinline__ void add_exactly() {
-    float total[kHeadDim / 2], l[2];
-    read_sums(total, l);
-    wait_for_sent_tiles();
-    float4* const sums = reinterpret_cast<float4*>(warp_region()) + lane();
+    if constexpr (Values::kExactKeys > 0) {
+      float l[2];
+      read_sums(l);
+      if (!exact_) {
+        o_.to_long();
+        wait_for_sent_tiles();
+      }
+      o_.store(reinterpret_cast<uint4*>(warp_region()) + lane());
+      const int t = lane() % 4;
+      kept_ = t < 2 ? (t == 0 ? l[0] : l[1]) : (t == 2 ? m_[0] : m_[1]);
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-      sums[n * kWarpSize] = make_float4(total[4 * n], total[4 * n + 1], total[4 * n + 2], total[4 * n + 3]);
-    }
-    leave(l, m_);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // With sums that are empty again no reference needs to be above the maximum.
-      m_[r] = floor_[r] = quad_max(highest_[r]);
-      l_[r] = 0.0f;
-    }
-    exact_ = true;
-    summed_ = 0;
-  }
-
-  // Leaves l and m of the rows in their slot.
-  __device__ __forceinline__ void leave(const float (&l)[2], const float (&m)[2]) {
-    Slot& slot = Config::slots(shared_)[slot_];
-    if (lane() % 4 != 0) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int within = warp_row() + lane() / 4 + 8 * r;
-      slot.scale[within] = l[r];
-      slot.m[within] = m[r];
+      for (int r = 0; r < 2; ++r) {
+        // With sums that are empty again no reference needs to be above the maximum.
+        m_[r] = floor_[r] = quad_max(highest_[r]);
+        l_[r] = 0.0f;
+      }
+      exact_ = true;
+      summed_ = 0;
     }
   }
 
@@ -371,8 +327,8 @@ class Consumer {
 
   __device__ __forceinline__ void finish_rows() {
     Slot& slot = Config::slots(shared_)[slot_];
-    float total[kHeadDim / 2], l[2], m[2], factor[2];
-    read_sums(total, l);
+    float l[2], m[2], factor[2];
+    read_sums(l);
     wait_for_sent_tiles();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -385,6 +341,7 @@ class Consumer {
         l[r] = NAN;
       }
       factor[r] = l[r] == 0.0f ? 0.0f : __fdividef(Values::kUnit, l[r]);
+      if (Values::kExactKeys > 0 && exact_) factor[r] *= 4096.0f;
       if constexpr (Values::kBounded) {  // from the reference to the maximum
         const float highest = quad_max(highest_[r]);
         if (m[r] != -INFINITY && m[r] != highest) {
@@ -393,7 +350,12 @@ class Consumer {
         }
       }
     }
-    leave(l, m);
+    if (lane() % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        Config::finished(shared_, slot_, warp_row() + lane() / 4 + 8 * r) = make_float2(l[r], m[r]);
+      }
+    }
     const int b = slot.mask.b, n = slot.mask.n, row = slot.row + warp_row();
     const int64_t channel = static_cast<int64_t>(slot.kv_plane) * kHeadDim + 2 * (lane() % 4);
     ptx::mbarrier_arrive(base_ + Config::rows_done(slot_));
@@ -401,12 +363,12 @@ class Consumer {
     const auto* const scales = reinterpret_cast<const float2*>(params_.v_scale + channel);  // prefetched
     const auto* const means = reinterpret_cast<const float2*>(params_.v_mean + channel);
     const auto scaled = [&](int n, float x, float y, float by) {
-      const float2 scale = __ldg(scales + 4 * n);
-      const float2 mean = Values::kFormat == PvFormat::kE4m3 ? __ldg(means + 4 * n) : float2{0.0f, 0.0f};
+      const float2 scale = scales[4 * n], mean = Values::kFormat == PvFormat::kE4m3 ? means[4 * n] : float2{0.0f, 0.0f};
       return float2{fmaf(x * by, scale.x, mean.x), fmaf(y * by, scale.y, mean.y)};
     };
     const auto outputs = [&](int n) {
-      const FourOutputs x = FromArray<kHeadDim>{total}(n);
+      if (n == kHeadDim / 16) __syncwarp();  // all would be asked for at once otherwise, and registers spill
+      const FourOutputs x = o_.at(n);
       return FourOutputs{scaled(n, x.upper.x, x.upper.y, factor[0]), scaled(n, x.lower.x, x.lower.y, factor[1])};
     };
     if (call_.tiled_out) {
@@ -472,6 +434,7 @@ class Consumer {
   // thread, which m_ equals but for floors.
   float m_[2], l_[2], floor_[2], highest_[2];
   float row_scale_[2];
+  float kept_ = 0.0f;  // of the sums in shared memory: in lane 4g + t of a warp l of rows g and g + 8, m of rows g and g + 8
   Shrink shrink_;   // due before the next product with V
   int summed_ = 0;  // keys in o_
   bool exact_ = false;  // there are sums in shared memory; the slot has their l and m

@@ -45,11 +45,12 @@ class Finisher {
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
       if (i * kWarpSize >= rows) continue;
-      const float l = slot.scale[lane + i * kWarpSize], m = slot.m[lane + i * kWarpSize];
+      const auto [l, m] = Config::finished(shared_, slot_index, lane + i * kWarpSize);
       p.l[first + i * kWarpSize] = l;
       p.m[first + i * kWarpSize] = m;
       p.lse[first + i * kWarpSize] = l == 0.0f ? -INFINITY : (m + log2f(l)) * kLn2 + shift[i];
     }
+    ptx::fence_proxy_async_shared();  // the next queries come there
     ptx::mbarrier_arrive(base_ + Config::slot_empty(slot_index));
   }
 

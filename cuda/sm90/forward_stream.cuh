@@ -23,13 +23,12 @@ struct ForwardCall {
   float zero;  // 0, which the compiler does not know: see forward_softmax.cuh
 };
 
-// What consumers need of a row block, and what they leave.
+// What consumers need of a row block.
 template <int kRows>
 struct WorkSlot {
   Mask mask;
   int row, kv_plane;
-  float scale[kRows];  // of Q's codes; later l, of the float32 sums and then of finished rows
-  float m[kRows];      // their references; of finished rows, m
+  float scale[kRows];  // of Q's codes
 };
 
 // What consumers need of a tile of keys.
@@ -170,16 +169,11 @@ class Producer {
     return true;
   }
 
-  // Brings the keys of a tile together with the values of the one before, which are needed when it is; with its
-  // own values where consumers do one after the other.
+  // Brings the keys of a tile together with the values of the one before, which are needed when it is.
   __device__ void emit(const TileNote& note) {
     const uint32_t full = base_ + Config::full(stage_);
     const bool stops = note.flags & kStop;
-    if (!Config::kValuesLag && !stops) {
-      value_key_ = note.key;
-      value_plane_ = kv_plane_;
-    }
-    const bool values = Config::kValuesLag ? value_plane_ >= 0 : !stops;
+    const bool values = value_plane_ >= 0;
     ptx::mbarrier_wait(base_ + Config::k_empty(stage_), phase_ ^ 1);
     Config::notes(shared_)[stage_] = note;
     ptx::mbarrier_arrive_expect_tx(
@@ -189,12 +183,8 @@ class Producer {
                                    kv_plane_);
     }
     if (values) {
-      int stage = stage_;
-      uint32_t phase = phase_ ^ 1;
-      if (Config::kValuesLag) {
-        stage = stage_ == 0 ? Config::kStages - 1 : stage_ - 1;
-        phase = stage_ == 0 ? phase_ : phase_ ^ 1;
-      }
+      const int stage = stage_ == 0 ? Config::kStages - 1 : stage_ - 1;
+      const uint32_t phase = stage_ == 0 ? phase_ : phase_ ^ 1;
       ptx::mbarrier_wait(base_ + Config::v_empty(stage), phase);
       Config::Values::template copy<Config>(base_ + Config::values(stage), &call_.v, full, value_key_,
                                             value_plane_);

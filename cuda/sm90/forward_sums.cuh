@@ -44,6 +44,31 @@ struct HalfSums {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) d[i] = ptx::mul_f16x2(d[i], pair[i & 1]);
   }
+  // To units of kLongUnit, and `sums`, which are in them, added, shrunk.
+  __device__ __forceinline__ void add_long(const uint4* sums, const float (&by)[2]) {
+    const uint32_t pair[2] = {ptx::cvt_f16x2_f32(by[0], by[0]), ptx::cvt_f16x2_f32(by[1], by[1])};
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 16; ++n) {
+      const uint4 old = sums[n * 32];
+      const uint32_t x[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        d[4 * n + i] = ptx::fma_f16x2(d[4 * n + i], kInverse, ptx::mul_f16x2(x[i], pair[i & 1]));
+      }
+    }
+  }
+  __device__ __forceinline__ void to_long() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) d[i] = ptx::mul_f16x2(d[i], kInverse);
+  }
+  __device__ __forceinline__ void store(uint4* sums) const {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 16; ++n) {
+      sums[n * 32] = make_uint4(d[4 * n], d[4 * n + 1], d[4 * n + 2], d[4 * n + 3]);
+    }
+  }
+  static constexpr float kLongUnit = 0x1p12f;
+  static constexpr uint32_t kInverse = 0x0c000c00;  // 2^-12, twice
   __device__ __forceinline__ FourOutputs at(int n) const {
     FourOutputs x;
     ptx::cvt_f32_f16x2(x.upper.x, x.upper.y, d[2 * n]);
