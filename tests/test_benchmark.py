@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -151,6 +152,26 @@ def test_what_cannot_run_is_named_and_fails_the_run_only_if_it_is_ours(
     assert "could not run fa3_bf16: no such kernel here\n" in capsys.readouterr().out
     monkeypatch.setattr(contenders, "ours", lambda recipe, _: broken("sage_jax", recipe.name))
     assert benchmark.main(options) == 1
+
+
+def test_operands_that_are_given_ready_are_made_before_the_clock_starts(tmp_path, monkeypatch):
+    def halves(*operands):
+        return tuple(x.astype(jnp.float16) for x in operands)
+
+    ready = contenders.Contender("fa3_bf16", None, lambda q, k, v, causal: q, differentiable=False, prepare=halves)
+    line = benchmark.Line("fwd", 1, 8, 1, 32, False)
+    inputs = line.inputs()
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+    for given in inputs, shapes:
+        run = benchmark.speed_runs(line, ready, given)
+        assert [x.dtype for x in run.args] == [jnp.float16] * 3
+    assert (run := benchmark.speed_runs(line, ready, inputs))().dtype == jnp.float16 and run.args[0].shape == line.shape
+    monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: ready)
+    path = tmp_path / "cpu.json"
+    assert benchmark.main([*TINY, "--fresh", "--output", str(path), "--peers", "fa3_bf16"]) == 0
+    results = json.loads(path.read_text())
+    assert {row["pass"] for row in results["speed"] if row["impl"] == "fa3_bf16"} == {"fwd"}
+    assert not any(row["impl"] == "fa3_bf16" for row in results["accuracy"])
 
 
 def test_the_gpu_grid_starts_with_what_matters_most():

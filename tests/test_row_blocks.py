@@ -10,33 +10,51 @@ OPEN = 1 << 30
 H200 = 132  # multiprocessors
 
 
-def plan(batch, queries, heads, kv_heads, *, causal, blocks=H200, rows=128, keys=None, head_dim=128):
-    """(heads of a group, [turns, blocks, 3] batch row, head and first query, -1 where there is nothing)."""
+def plan(batch, queries, heads, kv_heads, *, causal, blocks=H200, rows=128, parts=1, keys=None, head_dim=128):
+    """(heads of a group, [turns, blocks, 4] batch row, head, first query and queries, -1 where there is nothing)."""
     keys = keys or queries
     shape = sim.Shape(batch, queries, keys, heads, kv_heads, head_dim, head_dim)
-    turns = -(-batch * heads * -(-queries // rows) // blocks)
-    taken, group = np.zeros((turns, blocks, 3), np.int32), ctypes.c_int()
+    most_turns = -(-batch * heads * -(-queries // rows) * parts // blocks)
+    taken, group, turns = np.zeros((most_turns, blocks, 4), np.int32), ctypes.c_int(), ctypes.c_int()
     plan_row_blocks = sim.library().sim_row_blocks
     plan_row_blocks.restype = ctypes.c_char_p
     error = plan_row_blocks(
-        ctypes.byref(shape), 0 if causal else OPEN, rows, ctypes.c_int64(2 * keys * head_dim), blocks,
-        ctypes.byref(group), taken.ctypes.data_as(ctypes.c_void_p),
+        ctypes.byref(shape), 0 if causal else OPEN, rows, parts, ctypes.c_int64(2 * keys * head_dim), blocks,
+        ctypes.byref(group), ctypes.byref(turns), taken.ctypes.data_as(ctypes.c_void_p),
     )  # fmt: skip
     assert error is None
-    return group.value, taken
+    return group.value, taken[: turns.value]
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows, parts", [(128, 1), (128, 2), (192, 3)])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1), (2, 300, 6, 2), (1, 16384, 16, 16), (3, 1000, 7, 7), (2, 4096, 32, 8), (1, 129, 40, 1)]
+    "sizes",
+    [(1, 1, 1, 1), (2, 300, 6, 2), (1, 16384, 16, 16), (3, 1000, 7, 7), (2, 4096, 32, 8), (1, 129, 40, 1), (16, 1024, 16, 16)],
 )
-def test_every_row_block_is_taken_once(sizes, causal):
+def test_every_query_is_taken_once(sizes, rows, parts, causal):
     batch, queries, heads, _ = sizes
-    group, taken = plan(*sizes, causal=causal)
+    group, taken = plan(*sizes, causal=causal, rows=rows, parts=parts)
     assert group >= 1
-    found = [tuple(x) for x in taken.reshape(-1, 3).tolist() if x[0] >= 0]
-    wanted = [(b, n, row) for b in range(batch) for n in range(heads) for row in range(0, queries, 128)]
-    assert sorted(found) == wanted
+    times = np.zeros((batch, heads, queries + rows), int)
+    for b, n, row, count in taken.reshape(-1, 4).tolist():
+        if b < 0:
+            continue
+        assert 0 < count <= rows and row < queries
+        assert row % 64 == 0 and (count % 64 == 0 or row + count >= queries)
+        times[b, n, row : row + count] += 1
+    assert (times[..., :queries] == 1).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, turns",
+    [((1, 16384, 16, 16), 10 + 128 / 192), ((4, 4096, 16, 16), 10 + 128 / 192), ((1, 1024, 8, 8), 64 / 192),
+     ((1, 192 * 132, 1, 1), 1)],
+)  # fmt: skip
+def test_last_turn_is_shared_by_more_blocks(sizes, turns):
+    """1360 row blocks of 192 queries and 16 of 64 are ten turns of an H200 and the third part of one, not eleven."""
+    _, taken = plan(*sizes, causal=False, rows=192, parts=3)
+    assert taken[..., 3].sum(axis=0).max() <= turns * 192
 
 
 def busy(taken, queries):

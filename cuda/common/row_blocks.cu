@@ -46,7 +46,6 @@ float makespan(const std::vector<float>& cost, int planes, int group, int blocks
 int best_group(const std::vector<float>& cost, int planes, int sharing, int fitting, int blocks) {
   int best = std::min(fitting, planes);
   if (planes * static_cast<int64_t>(cost.size()) > kMostItems) return best;
-  if (*std::max_element(cost.begin(), cost.end()) == *std::min_element(cost.begin(), cost.end())) return best;
   float shortest = makespan(cost, planes, best, blocks);
   for (int group = sharing; group <= std::min(planes, kMostHeads); group += sharing) {
     const float time = makespan(cost, planes, group, blocks) * (group > fitting ? 1.01f : 1.0f);
@@ -58,48 +57,75 @@ int best_group(const std::vector<float>& cost, int planes, int sharing, int fitt
   return best;
 }
 
+bool all_equal(const std::vector<float>& cost) {
+  return *std::max_element(cost.begin(), cost.end()) == *std::min_element(cost.begin(), cost.end());
+}
+
+// Where all row blocks take as long: the last of a head, if it is cut short, come after all others, and what is left of the
+// others after the last full turn is cut into as many parts as leave one turn enough for them all.
+void cut(RowBlocks& plan, int planes, int queries, int rows, int most_parts, int blocks) {
+  plan.per_head = queries / rows;
+  const int full = planes * plan.per_head, rest = queries % rows > 0 ? planes : 0, left = full % blocks;
+  for (int parts = most_parts; parts > 1; --parts) {
+    if (left * parts + rest > blocks) continue;
+    plan.parts = parts;
+    plan.split = left;
+    break;
+  }
+  plan.whole = full - plan.split;
+  plan.items = plan.whole + plan.split * plan.parts + rest;
+}
+
 // What a plan depends on.
 struct Key {
-  int planes, queries, keys, sharing, fitting, rows, blocks, left, right;
+  int planes, queries, keys, sharing, fitting, rows, most_parts, blocks, left, right;
   bool operator==(const Key& o) const {
     return planes == o.planes && queries == o.queries && keys == o.keys && sharing == o.sharing &&
-           fitting == o.fitting && rows == o.rows && blocks == o.blocks && left == o.left && right == o.right;
+           fitting == o.fitting && rows == o.rows && most_parts == o.most_parts && blocks == o.blocks && left == o.left &&
+           right == o.right;
   }
 };
 
 }  // namespace
 
-const char* plan_row_blocks(RowBlocks& plan, const AttentionShape& s, const MaskParams& masks, int rows,
+const char* plan_row_blocks(RowBlocks& plan, const AttentionShape& s, const MaskParams& masks, int rows, int most_parts,
                             int64_t head_bytes, int blocks) {
   const int64_t planes = static_cast<int64_t>(s.batch) * s.heads;
-  plan.per_head = (s.queries + rows - 1) / rows;
-  if (planes * plan.per_head > INT32_MAX) {
+  const int per_head = (s.queries + rows - 1) / rows;
+  if (planes * per_head * most_parts > INT32_MAX) {
     return "batch · heads · query length needs more than 2^31 blocks; split the batch.";
   }
-  plan.items = static_cast<int>(planes * plan.per_head);
-  if (plan.items == 0) return nullptr;
+  const int items = static_cast<int>(planes * per_head);
+  plan = {1, per_head, items, 0, 1, items};
+  if (items == 0) return nullptr;
   const int sharing = s.heads / s.kv_heads;
   const int64_t fitting = (kGroupBytes / std::max<int64_t>(head_bytes, 1) + 1) * sharing;
   const Key key = {static_cast<int>(planes), s.queries, s.keys, sharing,
-                   static_cast<int>(std::min(fitting, planes)), rows, blocks, masks.window_left,
+                   static_cast<int>(std::min(fitting, planes)), rows, most_parts, blocks, masks.window_left,
                    masks.window_right};
   // The layers of a model ask for the same plan again and again.
   struct Entry {
     Key key;
-    int group;
+    RowBlocks plan;
   };
   static std::mutex mutex;
   static std::vector<Entry> known;
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Entry& entry : known) {
     if (entry.key == key) {
-      plan.group_heads = entry.group;
+      plan = entry.plan;
       return nullptr;
     }
   }
-  plan.group_heads = best_group(costs(s, masks, rows, plan.per_head), key.planes, sharing, key.fitting, blocks);
+  const std::vector<float> cost = costs(s, masks, rows, per_head);
+  if (all_equal(cost)) {
+    plan.group_heads = key.fitting;
+    if (most_parts > 1) cut(plan, key.planes, s.queries, rows, most_parts, blocks);
+  } else {
+    plan.group_heads = best_group(cost, key.planes, sharing, key.fitting, blocks);
+  }
   if (known.size() >= 64) known.clear();
-  known.push_back({key, plan.group_heads});
+  known.push_back({key, plan});
   return nullptr;
 }
 

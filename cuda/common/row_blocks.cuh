@@ -1,6 +1,7 @@
 // The order in which the persistent blocks of a forward kernel take the row blocks of all heads. Heads go in
 // groups, whose keys and values are read by many blocks at the same time; in a group the last rows come
-// first, because under a causal mask they see the most keys.
+// first, because under a causal mask they see the most keys. Where all rows see as many keys and blocks can leave rows out,
+// what doesn't fill a turn of all blocks is cut into parts, which come last.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,19 +14,31 @@ namespace sage {
 
 struct RowBlock {
   int b, n, row;  // its first query
+  int rows;       // of them, from there on
 };
 
 struct RowBlocks {
-  int per_head;
   int group_heads;
-  int items;  // row blocks of all heads
+  int per_head;  // row blocks of a head, without a last one that is cut short where such come last
+  int whole;     // of all of them, that are taken whole
+  int split;     // that come after those, in parts
+  int parts;
+  int items;  // all of these, and the last row blocks of heads that are left
 
   __device__ RowBlock at(const AttentionShape& shape, int item, int rows) const {
-    const int planes = shape.batch * shape.heads, group_items = group_heads * per_head;
-    const int first = item / group_items * group_heads, within = item % group_items;
-    const int size = min(group_heads, planes - first);
-    const int plane = first + within % size;
-    return {plane / shape.heads, plane % shape.heads, (per_head - 1 - within / size) * rows};
+    if (item < whole) return whole_block(shape, item, rows);
+    item -= whole;
+    if (item < split * parts) {
+      constexpr int kUnit = 64;
+      const int units = rows / kUnit, part = item % parts;
+      const int first = part * units / parts * kUnit, end = (part + 1) * units / parts * kUnit;
+      RowBlock block = whole_block(shape, whole + item / parts, rows);
+      block.row += first;
+      block.rows = end - first;
+      return block;
+    }
+    const int plane = item - split * parts;
+    return {plane / shape.heads, plane % shape.heads, per_head * rows, shape.queries - per_head * rows};
   }
 
   // The item that `block` of `blocks` takes as its turn-th, or one past the last. There and back, so that a
@@ -33,12 +46,21 @@ struct RowBlocks {
   static __host__ __device__ int item(int turn, int block, int blocks) {
     return turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
   }
+
+ private:
+  __device__ RowBlock whole_block(const AttentionShape& shape, int item, int rows) const {
+    const int planes = shape.batch * shape.heads, group_items = group_heads * per_head;
+    const int first = item / group_items * group_heads, within = item % group_items;
+    const int size = min(group_heads, planes - first);
+    const int plane = first + within % size, row = (per_head - 1 - within / size) * rows;
+    return {plane / shape.heads, plane % shape.heads, row, min(rows, shape.queries - row)};
+  }
 };
 
-// Plans row blocks of `rows` queries for `blocks` persistent blocks, for heads with `head_bytes` of keys and
-// values: the number of heads in a group is the one that keeps the blocks equally busy under the window. Null, or
-// why there is no plan.
-const char* plan_row_blocks(RowBlocks& plan, const AttentionShape& shape, const MaskParams& masks, int rows,
+// Plans row blocks of `rows` queries, which can be cut into `most_parts`, for `blocks` persistent blocks, for heads with
+// `head_bytes` of keys and values: the number of heads in a group is the one that keeps the blocks equally busy under the
+// window. Null, or why there is no plan.
+const char* plan_row_blocks(RowBlocks& plan, const AttentionShape& shape, const MaskParams& masks, int rows, int most_parts,
                             int64_t head_bytes, int blocks);
 
 }  // namespace sage

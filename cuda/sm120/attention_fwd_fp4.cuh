@@ -297,7 +297,7 @@ const char* launch_attention_fwd_fp4(const AttendFp4Params& params, Stream strea
   call.p = params;
   const int64_t head_bytes = static_cast<int64_t>(s.keys) * kHeadDim;
   const char* error =
-      plan_row_blocks(call.work, s, params.masks, Config::kRows, head_bytes, multiprocessors());
+      plan_row_blocks(call.work, s, params.masks, Config::kRows, 1, head_bytes, multiprocessors());
   if (error != nullptr || call.work.items == 0) return error;
   if (call.work.items > INT32_MAX / Config::kSplits) {
     return "batch · heads · query length needs more than 2^31 blocks; split the batch.";

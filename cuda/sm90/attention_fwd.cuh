@@ -72,7 +72,7 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   const int64_t head_bytes =
       static_cast<int64_t>(s.keys) * Config::kHeadDim * (1 + Values::kElementBytes);
   const char* error =
-      plan_row_blocks(call.work, s, params.masks, Config::kRows, head_bytes, multiprocessors());
+      plan_row_blocks(call.work, s, params.masks, Config::kRows, Config::kGroups, head_bytes, multiprocessors());
   if (error != nullptr) return error;
   constexpr int kHeadDim = Config::kHeadDim;
   error = encode_tensor_map(

@@ -54,10 +54,25 @@ class Consumer {
     read_note();
     if (flags_ & kStop) return;
     ptx::mbarrier_wait(base_ + Config::slot_full(0), 0);
-    begin_rows();
-    issue_scores(0);
-    ptx::wgmma_wait_group<0>();
-    ptx::keep_in_registers(s_);
+    while (!(flags_ & kStop)) {
+      if (has_rows()) {
+        begin_rows();
+        issue_scores(slot_);
+        ptx::wgmma_wait_group<0>();
+        ptx::keep_in_registers(s_);
+        row_blocks();
+      } else {
+        pass_over_row_block();
+        next_slot();
+      }
+    }
+    wait_for_sent_tiles();
+  }
+
+ private:
+  // From a row block's first tile, whose scores are there, to the end of the stream or of the row block before one of which
+  // this warpgroup has no rows.
+  __device__ __forceinline__ void row_blocks() {
     while (true) {
       if (sees_nothing()) {
         skip_softmax();
@@ -90,12 +105,8 @@ class Consumer {
       wait_for_output();
       if (ended_) {
         finish_rows();
-        if (flags_ & kStop) {
-          wait_for_sent_tiles();
-          return;
-        }
-        slot_phase_ ^= slot_;
-        slot_ ^= 1;
+        next_slot();
+        if (flags_ & kStop || !has_rows()) return;
         begin_rows();
       } else if (exact_sum_is_due()) {
         add_exactly();
@@ -103,7 +114,27 @@ class Consumer {
     }
   }
 
- private:
+  // Whether some of the row block's rows are this warpgroup's.
+  __device__ __forceinline__ bool has_rows() const {
+    return ptx::uniform(64 * group_ < Config::slots(shared_)[slot_].rows);
+  }
+
+  __device__ __forceinline__ void next_slot() {
+    slot_phase_ ^= slot_;
+    slot_ ^= 1;
+  }
+
+  // Lets the others have the tiles of a row block of which it has none.
+  __device__ __forceinline__ void pass_over_row_block() {
+    do {
+      release(Config::k_empty(stage_));
+      advance();
+      release(Config::v_empty(before(stage_)));
+      read_note();
+    } while (!ended_);
+    ptx::mbarrier_arrive(base_ + Config::rows_done(slot_));
+  }
+
   // Issues the scores of the next tile and, behind them, P·V of the one at hand, whose probabilities are
   // in `p`; waits for the scores. Returns whether something rare is due before their softmax.
   __device__ __forceinline__ bool begin_step(uint32_t (&p)[Config::kProbabilities]) {

@@ -33,7 +33,7 @@ class Finisher {
     const AttendParams& p = call_.p;
     const auto& slot = Config::slots(shared_)[slot_index];
     ptx::mbarrier_wait(base_ + Config::slot_full(slot_index), phase);
-    const int rows = p.shape.queries - slot.row - lane;  // from this lane's first on
+    const int rows = slot.rows - lane;  // from this lane's first on
     const int64_t first =
         (static_cast<int64_t>(slot.mask.b) * p.shape.heads + slot.mask.n) * p.shape.queries + slot.row + lane;
     float shift[kRowsOfLane];  // asked for before the rows are there: memory is far away

@@ -27,7 +27,7 @@ struct ForwardCall {
 template <int kRows>
 struct WorkSlot {
   Mask mask;
-  int row, kv_plane;
+  int row, rows, kv_plane;
   float scale[kRows];  // of Q's codes
 };
 
@@ -105,6 +105,7 @@ class Producer {
     if (lane() == 0) {
       slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
       slot.row = work.row;
+      slot.rows = work.rows;
       slot.kv_plane = kv_plane_;
     }
 #pragma unroll
@@ -125,7 +126,7 @@ class Producer {
   // lanes look at 32 tiles at once; one note is always held back, because the last has to say that it is.
   __device__ void tiles(const typename Config::Slot& slot) {
     int first, end;
-    slot.mask.key_tiles(slot.row, slot.row + Config::kRows, Config::kKeys, first, end);
+    slot.mask.key_tiles(slot.row, slot.row + slot.rows, Config::kKeys, first, end);
     TileNote held = {0, (kHide << Config::kGroups) - kHide | (kNone << 2 * Config::kGroups) - kNone, {0.0f, 0.0f}};
     bool any = false;
 #pragma unroll 1
@@ -150,7 +151,9 @@ class Producer {
 #pragma unroll 1
     for (int i = 0; i < Config::kGroups * (Config::kKeys / kTileKeys); ++i) {
       const int group = i % Config::kGroups, half = i / Config::kGroups;
-      const TileView view = slot.mask.view(slot.row + 64 * group, 64, note.key + kTileKeys * half);
+      const TileView view = 64 * group < slot.rows
+                                ? slot.mask.view(slot.row + 64 * group, 64, note.key + kTileKeys * half)
+                                : TileView::kNothing;
       visible = visible || view != TileView::kNothing;
       if (view != TileView::kAll) note.flags |= kHide << group;
       if (view == TileView::kNothing) note.flags |= kNone << 2 * group + half;

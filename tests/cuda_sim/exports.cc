@@ -27,22 +27,23 @@ size_t sim_sizeof_quantize_q_params() { return sizeof(sage::QuantizeQParams); }
 
 
 // Writes batch row, head and first query of the items in the order in which blocks take them: turn by turn, -1
-// where a block has nothing to do. Returns the error, or null.
-const char* sim_row_blocks(const sage::AttentionShape* shape, int window_right, int rows, int64_t head_bytes,
-                           int blocks, int* group_heads, int* taken) {
+// where a block has nothing to do, and how many queries. Returns the error, or null.
+const char* sim_row_blocks(const sage::AttentionShape* shape, int window_right, int rows, int most_parts, int64_t head_bytes,
+                           int blocks, int* group_heads, int* turns, int* taken) {
   sage::RowBlocks plan = {};
   sage::MaskParams masks = {};
   masks.window_left = 1 << 30;
   masks.window_right = window_right;
-  const char* error = sage::plan_row_blocks(plan, *shape, masks, rows, head_bytes, blocks);
+  const char* error = sage::plan_row_blocks(plan, *shape, masks, rows, most_parts, head_bytes, blocks);
   if (error != nullptr) return error;
   *group_heads = plan.group_heads;
-  for (int turn = 0; turn * blocks < plan.items; ++turn) {
-    for (int block = 0; block < blocks; ++block, taken += 3) {
+  *turns = (plan.items + blocks - 1) / blocks;
+  for (int turn = 0; turn < *turns; ++turn) {
+    for (int block = 0; block < blocks; ++block, taken += 4) {
       const int item = sage::RowBlocks::item(turn, block, blocks);
       const sage::RowBlock at =
-          item < plan.items ? plan.at(*shape, item, rows) : sage::RowBlock{-1, -1, -1};
-      taken[0] = at.b, taken[1] = at.n, taken[2] = at.row;
+          item < plan.items ? plan.at(*shape, item, rows) : sage::RowBlock{-1, -1, -1, 0};
+      taken[0] = at.b, taken[1] = at.n, taken[2] = at.row, taken[3] = at.rows;
     }
   }
   return nullptr;
