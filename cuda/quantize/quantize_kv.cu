@@ -43,18 +43,18 @@ __device__ __forceinline__ GroupScale value_scale(const QuantizeKvParams& p, flo
   return {1.0f, 1.0f};
 }
 
-__device__ __forceinline__ float largest_of_tokens(const float (&x)[kPerThread][kChannels]) {
+// The scale of the block's tokens and channels as one INT8 group; `scratch` and `barrier` as for block_max.
+template <class Rows, class Barrier>
+__device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kChannels], float* scratch,
+                                                 const Barrier& barrier) {
   float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) largest = fmaxf(largest, largest_magnitude(x[i]));
-  return largest;
+  return group_scale(block_max<Rows::kThreads>(largest, scratch, barrier), 127.0f);
 }
-
-// The scale of the block's tokens and channels as one INT8 group.
 template <class Rows>
-__device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kChannels],
-                                                 float* scratch) {
-  return group_scale(block_max<Rows::kThreads>(largest_of_tokens(x), scratch), 127.0f);
+__device__ __forceinline__ GroupScale tile_scale(const float (&x)[kPerThread][kChannels], float* scratch) {
+  return tile_scale<Rows>(x, scratch, [] { __syncthreads(); });
 }
 
 // What the backward pass scales its operands by: of the keys that a thread has seen the largest |K̂| of its channels, and the
@@ -130,14 +130,20 @@ __device__ __forceinline__ void subtract(float (&x)[kChannels], const float (&me
   for (int c = 0; c < kChannels; ++c) x[c] = fmaf(times, mean[c], x[c]);
 }
 
-// A tile of 64 tokens; reads tile `next`, if there is one, into x as its registers become free. `scratch[0]` and `scratch[3]`
-// serve one tile and the next in turns: there may be no other barrier between two.
+// A block's scratch memory for its maxima. Keys of one tile and of the next take turns: there may be no other barrier between
+// two.
+template <int kThreads>
+struct Scratch {
+  float keys[2][kThreads / kWarpSize], values[kThreads / kWarpSize], values_dp[kThreads / kWarpSize];
+};
+
+// A tile of 64 tokens; reads tile `next`, if there is one, into x as its registers become free. `turn` alternates.
 template <int kHeadDim, class Piece>
 __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index, int next,
                                            TokenPairs<Piece>& x,
                                            const ChannelConstants<kHeadDim>& constants,
                                            TransposedTile<kHeadDim>& transposed,
-                                           float (&scratch)[4][2 * kHeadDim / kWarpSize], int turn,
+                                           Scratch<2 * kHeadDim>& scratch, int turn,
                                            LargestKeys<2 * kHeadDim>& seen) {
   using Rows = RowBlock<kHeadDim>;
   // Lest addresses wait in registers for the next tile.
@@ -174,9 +180,8 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
   }
   if (next < at.tiles) x.load_keys(p, at, PiOrder(next, row), channel);
   bool bad_tile;
-  const float largest_key = block_max<Rows::kThreads>(largest_of_tokens(y), scratch[3 * turn],
-                                                      [&] { bad_tile = __syncthreads_or(bad != 0); });
-  const GroupScale key_scale = group_scale(largest_key, 127.0f);
+  const GroupScale key_scale =
+      tile_scale<Rows>(y, scratch.keys[turn], [&] { bad_tile = __syncthreads_or(bad != 0); });
   if (p.dp != DpFormat::kNone) seen.add_keys(y, key_scale);
   write_tokens(p.k8, [&](int i) {
     uint2 codes = int8_codes(y[i], key_scale.inverse);
@@ -204,7 +209,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
       return halves(scaled, p.pv == PvFormat::kBf16);
     });
   } else if (p.pv == PvFormat::kInt8) {
-    const GroupScale scale = tile_scale<Rows>(y, scratch[1]);
+    const GroupScale scale = tile_scale<Rows>(y, scratch.values);
     if (threadIdx.x == 0) p.v_scale[tile] = scale.scale;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
@@ -225,7 +230,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
     for (int i = 0; i < kPerThread; ++i) subtract(y[i], mean, used[i]);
   }
   if (p.dp == DpFormat::kInt8) {
-    const GroupScale scale = tile_scale<Rows>(y, scratch[2]);
+    const GroupScale scale = tile_scale<Rows>(y, scratch.values_dp);
     if (threadIdx.x == 0) p.v_dp_scale[tile] = scale.scale;
     uint2 codes[kPerThread];
     write_tokens(static_cast<int8_t*>(p.v_dp), [&](int i) { return codes[i] = int8_codes(y[i], scale.inverse); });
@@ -262,7 +267,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
   using Rows = RowBlock<kHeadDim>;
   __shared__ TransposedTile<kHeadDim> transposed;
   __shared__ ChannelConstants<kHeadDim> constants;
-  __shared__ float scratch[4][Rows::kThreads / kWarpSize];
+  __shared__ Scratch<Rows::kThreads> scratch;
   __shared__ uint32_t channel_max[kHeadDim];
   __shared__ LargestKeys<Rows::kThreads> seen;
   const int count = strands(p.shape);
@@ -299,8 +304,8 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
     write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch, turn, seen);
   }
   if (p.dp == DpFormat::kNone) return;
-  __syncthreads();
-  const float norm = block_max<Rows::kThreads>(seen.norms[ptx::opaque_thread()], scratch[1]);
+  // Since a tile's last use of `values` there has been a barrier.
+  const float norm = block_max<Rows::kThreads>(seen.norms[ptx::opaque_thread()], scratch.values);
   if (threadIdx.x == 0) atomicMax(reinterpret_cast<uint32_t*>(p.v_norm + at.plane), float_bits(norm));
   float most[kChannels];
   seen.channel_maxima(most);

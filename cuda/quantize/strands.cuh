@@ -82,6 +82,8 @@ struct StrandShared {
   int used[kWarps];
 };
 
+static_assert(sizeof(StrandShared<256>) <= 99 * 1024, "what an sm_89 or sm_120 offers a block");
+
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistics(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;

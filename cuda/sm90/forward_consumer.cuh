@@ -45,10 +45,6 @@ class Consumer {
         group_(group),
         lane_(static_cast<int>(threadIdx.x) % kWarpSize) {}
 
-  // The loop over ordinary tiles is a piece of code of its own, without a branch to anything rare: what
-  // lies between costs misses of the instruction cache. Both halves of it are written out, so that
-  // probabilities alternate between registers that are known to the compiler. Nothing is under way in
-  // the matrix unit where a loop closes: ptxas gives up overlapping products with anything otherwise.
   __device__ __forceinline__ void run() {
     wait_for_tile();
     read_note();
@@ -70,8 +66,14 @@ class Consumer {
   }
 
  private:
-  // From a row block's first tile, whose scores are there, to the end of the stream or of the row block before one of which
-  // this warpgroup has no rows.
+  // From a row block's first tile, whose scores are there, to the end of the stream or to a row block of which this warpgroup
+  // has no rows.
+  //
+  // The loop over ordinary tiles is a piece of code of its own, without a branch to anything rare: what lies between costs
+  // misses of the instruction cache. With two buffers of probabilities both halves of it are written out, so that the buffers
+  // are registers that are known to the compiler; with one, P·V has to be done before exponentials are. Only P·V of a tile is
+  // under way in the matrix unit where the loop is left, and nothing where it closes: ptxas gives up overlapping products with
+  // anything otherwise.
   __device__ __forceinline__ void row_blocks() {
     while (true) {
       if (sees_nothing()) {
@@ -108,8 +110,8 @@ class Consumer {
         next_slot();
         if (flags_ & kStop || !has_rows()) return;
         begin_rows();
-      } else if (exact_sum_is_due()) {
-        add_exactly();
+      } else if (long_sums_are_due()) {
+        add_to_long_sums();
       }
     }
   }
@@ -144,18 +146,18 @@ class Consumer {
     ptx::keep_in_registers(p);
     ptx::wgmma_fence();
     Values::template multiply<Config>(
-        o_, p, units_ + (Config::kValuesAt + stage * Config::kValueBytes) / 16, summed_ != 0);
+        o_, p, units_ + Config::kValuesAt / 16 + stage * (Config::kValueBytes / 16), summed_ != 0);
     ptx::wgmma_commit_group();
     summed_ += Config::kKeys;
     read_note();
     choose_floor();
     ptx::wgmma_wait_group<1>();
     ptx::keep_in_registers(s_);
-    return ended_ || flags_ & (kHide << group_) || exact_sum_is_due();
+    return ended_ || flags_ & (kHide << group_) || long_sums_are_due();
   }
 
-  __device__ __forceinline__ bool exact_sum_is_due() const {
-    return Values::kExactKeys > 0 && summed_ == Values::kExactKeys;
+  __device__ __forceinline__ bool long_sums_are_due() const {
+    return Values::kLongKeys > 0 && summed_ == Values::kLongKeys;
   }
 
   // Waits for P·V. Probabilities have no sign: what they add to the number of a barrier, on which nobody
@@ -274,8 +276,8 @@ class Consumer {
   // Q·Kᵀ of this warpgroup's rows, on top of kStart.
   __device__ __forceinline__ void issue_scores(int slot) {
     constexpr int kRow = kHeadDim;  // bytes
-    const uint32_t a = units_ + (Config::kQueriesAt + slot * Config::kQueryBytes + group_ * 64 * kRow) / 16;
-    const uint32_t b = units_ + (Config::kKeysAt + stage_ * Config::kKeyBytes) / 16;
+    const uint32_t a = units_ + Config::kQueriesAt / 16 + slot * (Config::kQueryBytes / 16) + group_ * (64 * kRow / 16);
+    const uint32_t b = units_ + Config::kKeysAt / 16 + stage_ * (Config::kKeyBytes / 16);
     const uint64_t start = ptx::shared_operand<0, 0, 0>(units_ + Config::kStartAt / 16);
     ptx::wgmma_fence();
     ptx::wgmma_m64k32_f32_e4m3(s_, start, start);
@@ -296,7 +298,7 @@ class Consumer {
       row_scale_[r] = slot.scale[warp_row() + lane() / 4 + 8 * r] * (params_.scale * kLog2E * Config::kStartUnits);
     }
     summed_ = 0;
-    exact_ = false;
+    long_ = false;
   }
 
   // Raises m to `top`, which is not below it.
@@ -313,12 +315,12 @@ class Consumer {
     return shrink;
   }
 
-  // Adds the sums in shared memory, of which each thread has its own, to the matrix unit's, and the rows' l.
-  __device__ __forceinline__ void read_sums(float (&l)[2]) {
+  // Ends the rows' l, and adds the long sums to the matrix unit's.
+  __device__ __forceinline__ void take_long_sums(float (&l)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) l[r] = quad_sum(l_[r]);
-    if constexpr (Values::kExactKeys > 0) {
-      if (!exact_) return;
+    if constexpr (Values::kLongKeys > 0) {
+      if (!long_) return;
       float shrink[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -327,20 +329,20 @@ class Consumer {
         shrink[r] = old_m == -INFINITY ? 0.0f : ptx::ex2(old_m - m_[r]);
         l[r] = fmaf(old_l, shrink[r], l[r]);
       }
-      o_.add_long(reinterpret_cast<const uint4*>(warp_region()) + lane(), shrink);
+      o_.add_long(long_sums(), shrink);
     }
   }
 
-  // Leaves them all in shared memory.
-  __device__ __forceinline__ void add_exactly() {
-    if constexpr (Values::kExactKeys > 0) {
+  // The matrix unit's sums become part of the long ones.
+  __device__ __forceinline__ void add_to_long_sums() {
+    if constexpr (Values::kLongKeys > 0) {
       float l[2];
-      read_sums(l);
-      if (!exact_) {
-        o_.to_long();
+      take_long_sums(l);
+      if (!long_) {
+        o_.lengthen();
         wait_for_sent_tiles();
       }
-      o_.store(reinterpret_cast<uint4*>(warp_region()) + lane());
+      o_.store(long_sums());
       const int t = lane() % 4;
       kept_ = t < 2 ? (t == 0 ? l[0] : l[1]) : (t == 2 ? m_[0] : m_[1]);
 #pragma unroll
@@ -349,7 +351,7 @@ class Consumer {
         m_[r] = floor_[r] = quad_max(highest_[r]);
         l_[r] = 0.0f;
       }
-      exact_ = true;
+      long_ = true;
       summed_ = 0;
     }
   }
@@ -359,7 +361,7 @@ class Consumer {
   __device__ __forceinline__ void finish_rows() {
     Slot& slot = Config::slots(shared_)[slot_];
     float l[2], m[2], factor[2];
-    read_sums(l);
+    take_long_sums(l);
     wait_for_sent_tiles();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -372,7 +374,7 @@ class Consumer {
         l[r] = NAN;
       }
       factor[r] = l[r] == 0.0f ? 0.0f : __fdividef(Values::kUnit, l[r]);
-      if (Values::kExactKeys > 0 && exact_) factor[r] *= 4096.0f;
+      if (Values::kLongKeys > 0 && long_) factor[r] *= HalfSums<kHeadDim>::kLongUnit;
       if constexpr (Values::kBounded) {  // from the reference to the maximum
         const float highest = quad_max(highest_[r]);
         if (m[r] != -INFINITY && m[r] != highest) {
@@ -446,6 +448,9 @@ class Consumer {
     return Config::warp_region(shared_, warp_row() / 16);
   }
 
+  // The thread's share of its rows' sums over more keys than the matrix unit may add up.
+  __device__ __forceinline__ uint4* long_sums() { return reinterpret_cast<uint4*>(warp_region()) + lane(); }
+
   const ForwardCall& call_;
   const AttendParams& params_;
   const float zero_;
@@ -465,10 +470,10 @@ class Consumer {
   // thread, which m_ equals but for floors.
   float m_[2], l_[2], floor_[2], highest_[2];
   float row_scale_[2];
-  float kept_ = 0.0f;  // of the sums in shared memory: in lane 4g + t of a warp l of rows g and g + 8, m of rows g and g + 8
+  float kept_ = 0.0f;  // of the long sums: in lanes 4g to 4g + 3 of a warp l of row g, l of row g + 8, m of row g, m of row g + 8
   Shrink shrink_;   // due before the next product with V
   int summed_ = 0;  // keys in o_
-  bool exact_ = false;  // there are sums in shared memory; the slot has their l and m
+  bool long_ = false;  // there are long sums
 };
 
 }  // namespace sage::sm90

@@ -22,8 +22,8 @@ struct E4m3Values {
   static constexpr float kExponentBias = 6.0f;  // E·64
   static constexpr float kUnit = 0x1p-6f;       // what undoes it
   // Products in the matrix unit are cut off about 13 bits below the sum that they are added to. After this many keys the
-  // sums are added to float32 ones.
-  static constexpr int kExactKeys = 2048;
+  // sums are added to longer ones in shared memory, and begin anew.
+  static constexpr int kLongKeys = 2048;
   // Sums of 16 bits must not overflow. Where a row's probabilities, as one of its four threads sees them, add up to more
   // than kMostProbability, its reference, which is its maximum otherwise, rises by kRaise, and all of the row shrinks. So
   // they add up to at most four times that before a tile, to 128 more after it; with codes of P that may be rounded up by
@@ -72,7 +72,7 @@ struct HalfValues {
   template <int kHeadDim>
   using Sums = FloatSums<kHeadDim>;
   static constexpr bool kBounded = false;
-  static constexpr int kExactKeys = 0;  // float32 sums in the matrix unit
+  static constexpr int kLongKeys = 0;  // float32 sums in the matrix unit
   static constexpr int kRegisters = 4;  // of A, for 16 keys
   static constexpr float kExponentBias = 0.0f;
   static constexpr float kUnit = 1.0f;
