@@ -34,8 +34,9 @@ class Selection:
       similarity_threshold: the mean of a tile whose tokens' mean cosine similarity is not above it does not stand for them: the
         tile's block sees, or is seen by, everything. −1 trusts every mean.
       attention_sink: the first block of keys always stays.
-      blocks: (queries, keys) of a block, multiples of 64. None: 128 × 128, for head dimensions up to 64 192 × 128: what a
-        thread block on sm_90 computes at once, where a tile that some of its queries see costs as much as one that all see.
+      blocks: (queries, keys) of a block, multiples of 64. None: 192 × 128, what a thread block on sm_90 computes at once (values
+        in e4m3), where a tile that some of its queries see costs as much as one that all see; for head dimensions above 128,
+        which have no such kernel, 128 × 128.
     """
 
     cdf_threshold: float = 0.98
@@ -61,7 +62,7 @@ class Selection:
 
     def sizes(self, head_dim: int) -> tuple[int, int]:
         """(queries, keys) of a block."""
-        return self.blocks or (128 if padded_head_dim(head_dim) > 64 else 192, 128)
+        return self.blocks or (128 if padded_head_dim(head_dim) > 128 else 192, 128)
 
 
 def check_selection(selection) -> None:

@@ -57,23 +57,25 @@ def test_last_turn_is_shared_by_more_blocks(sizes, turns):
     assert taken[..., 3].sum(axis=0).max() <= turns * 192
 
 
-def busy(taken, queries):
+def busy(taken):
     """Share of the time that blocks work under a causal mask, before the last is done."""
-    work = np.where(taken[..., 0] >= 0, taken[..., 2] / 128 + 1 + 1.5, 0).sum(axis=0)
+    tiles = (taken[..., 2] + taken[..., 3]) / 128
+    work = np.where(taken[..., 0] >= 0, tiles + 1.5, 0).sum(axis=0)
     return work.mean() / work.max()
 
 
+@pytest.mark.parametrize("rows, parts", [(128, 2), (192, 3)])
 @pytest.mark.parametrize(
     "sizes, share",
     [((1, 16384, 16, 16), 0.99), ((4, 4096, 16, 16), 0.97), ((16, 1024, 16, 16), 0.96), ((1, 8192, 32, 8), 0.97),
      ((1, 65536, 16, 16), 0.99), ((1, 16384, 32, 32), 0.98)],
 )  # fmt: skip
-def test_blocks_are_equally_busy_under_a_causal_mask(sizes, share):
+def test_blocks_are_equally_busy_under_a_causal_mask(sizes, share, rows, parts):
     """16 groups of heads of 4 MiB, five at a time, leave an eighth of an H200 idle: the number is chosen."""
-    group, taken = plan(*sizes, causal=True)
-    assert busy(taken, sizes[1]) >= share
+    group, taken = plan(*sizes, causal=True, rows=rows, parts=parts)
+    assert busy(taken) >= share
     assert group % (sizes[2] // sizes[3]) == 0  # heads that share keys stay together
-    assert plan(*sizes, causal=True)[0] == group
+    assert plan(*sizes, causal=True, rows=rows, parts=parts)[0] == group
 
 
 def test_without_a_mask_a_group_fits_the_cache():

@@ -57,7 +57,7 @@ ONE_ARCHITECTURE = {"finish_dq*": "90a"}  # those of BUDGETS that are built for 
 TWO_CONSUMERS, THREE_CONSUMERS = (168, {56}, {224}), (128, {56}, {152})
 HANDED = {
     ("90a", "attention_fwd<ForwardConfig E4m3Values 64>"): THREE_CONSUMERS,
-    ("90a", "attention_fwd<ForwardConfig E4m3Values 128>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 128>"): THREE_CONSUMERS,
     ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 64>"): TWO_CONSUMERS,
     ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 128>"): TWO_CONSUMERS,
     ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 64>"): TWO_CONSUMERS,

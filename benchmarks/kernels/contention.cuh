@@ -1,8 +1,7 @@
 // What the matrix unit and ordinary instructions cost each other inside one multiprocessor of sm_90.
 //
-// One block, as the forward kernel has it at head dimension 128: two warpgroups, so two warps a scheduler,
-// repeat one instruction or the softmax of a tile, while a third keeps the matrix unit busy with products
-// 64 × 128 × 32 or rests. All times are in clocks, and nothing waits for memory.
+// One block: two warpgroups, so two warps a scheduler, repeat one instruction or the softmax of a tile, while a third keeps the
+// matrix unit busy with products 64 × 128 × 32 or rests. All times are in clocks, and nothing waits for memory.
 #pragma once
 #include <type_traits>
 

@@ -1,7 +1,8 @@
 // The order in which the persistent blocks of a forward kernel take the row blocks of all heads. Heads go in
 // groups, whose keys and values are read by many blocks at the same time; in a group the last rows come
-// first, because under a causal mask they see the most keys. Where all rows see as many keys and blocks can leave rows out,
-// what doesn't fill a turn of all blocks is cut into parts, which come last.
+// first, because under a causal mask they see the most keys. Where, as far as the window says, all row blocks see as many keys,
+// and a kernel can leave rows out: the row blocks that don't fill a turn of all blocks come after the others, cut into parts
+// where one turn is enough for those, and then the last, shorter ones of all heads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,12 +20,22 @@ struct RowBlock {
 
 struct RowBlocks {
   int group_heads;
-  int per_head;  // row blocks of a head, without a last one that is cut short where such come last
+  int per_head;  // row blocks of a head, without a shorter last one where such come last
   int whole;     // of all of them, that are taken whole
-  int split;     // that come after those, in parts
+  int split;     // of all of them, that come after those, in parts
   int parts;
-  int items;  // all of these, and the last row blocks of heads that are left
+  int items;  // whole ones, parts, and the shorter ones that come last
 
+  // The item-th row block of a plan that cuts none.
+  __device__ RowBlock whole_block(const AttentionShape& shape, int item, int rows) const {
+    const int planes = shape.batch * shape.heads, group_items = group_heads * per_head;
+    const int first = item / group_items * group_heads, within = item % group_items;
+    const int size = min(group_heads, planes - first);
+    const int plane = first + within % size, row = (per_head - 1 - within / size) * rows;
+    return {plane / shape.heads, plane % shape.heads, row, min(rows, shape.queries - row)};
+  }
+
+  // That of any plan.
   __device__ RowBlock at(const AttentionShape& shape, int item, int rows) const {
     if (item < whole) return whole_block(shape, item, rows);
     item -= whole;
@@ -45,15 +56,6 @@ struct RowBlocks {
   // block with a long row block in one turn has a short one in the next.
   static __host__ __device__ int item(int turn, int block, int blocks) {
     return turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
-  }
-
- private:
-  __device__ RowBlock whole_block(const AttentionShape& shape, int item, int rows) const {
-    const int planes = shape.batch * shape.heads, group_items = group_heads * per_head;
-    const int first = item / group_items * group_heads, within = item % group_items;
-    const int size = min(group_heads, planes - first);
-    const int plane = first + within % size, row = (per_head - 1 - within / size) * rows;
-    return {plane / shape.heads, plane % shape.heads, row, min(rows, shape.queries - row)};
   }
 };
 

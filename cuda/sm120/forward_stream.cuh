@@ -61,7 +61,7 @@ class Producer {
   __device__ void row_block(int item) {
     const AttendFp4Params& p = call_.p;
     const AttentionShape& shape = p.shape;
-    const RowBlock work = call_.work.at(shape, item / Config::kSplits, Config::kRows);
+    const RowBlock work = call_.work.whole_block(shape, item / Config::kSplits, Config::kRows);
     const int channel = item % Config::kSplits * Config::kChannels;
     kv_plane_ = work.b * shape.kv_heads + work.n / (shape.heads / shape.kv_heads);
     const int blocks = static_cast<int>(query_blocks(shape));  // of a head

@@ -24,7 +24,7 @@ struct ForwardConfig {
   static constexpr float kStart = 32 * 224.0f * 224.0f, kStartUnits = 8.0f;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
-  // Scores, output and two tiles of probabilities lie in registers at the same time.
+  // Scores, output and probabilities, with 16-bit values two tiles of them, lie in registers at the same time.
   static constexpr int kKeys = Values::kElementBytes == 1 || kHeadDim == 64 ? 128 : 64;
   static constexpr int kSlots = 2;  // row blocks under way
   static constexpr int kProducerRegisters = 56;

@@ -37,9 +37,10 @@ struct FloatSums {
 // In 16 bits: half of the registers, and of the traffic with them that ordinary instructions have to wait for. What the
 // sums may add up to is bounded by their rows' probabilities (`kMostProbability` in forward_values.cuh).
 //
-// Long sums, over any number of tiles, are in units of kLongUnit: a million keys of the largest probability and value are finite,
-// and spacing below the normal range, kLongUnit · 2^-24, is 2^-18 of a row's largest probability. An addition rounds to nearest,
-// which errs by 2^-12 of the sum at most.
+// Long sums, over many tiles, are in units of kLongUnit: those of a million keys of the largest probability and value are finite
+// (those of 1.13 million are not), and the spacing below the normal range, kLongUnit · 2^-24, is 2^-18 of a row's largest
+// probability. An addition rounds to nearest, which errs by 2^-11 of the sum at most, twice that and the factor's own rounding
+// where the reference has changed.
 template <int kHeadDim>
 struct HalfSums {
   static constexpr float kLongUnit = 0x1p12f;
