@@ -121,12 +121,12 @@ HALF_MANGLED = (
 )
 
 
-def warpgroup_kernel(mangled=WGMMA_MANGLED, registers=168, **changes):
-    values = "HGMMA" if "Half" in mangled else "QGMMA"
+def warpgroup_kernel(mangled=WGMMA_MANGLED, registers=None, **changes):
+    values, launch, consumer = ("HGMMA", 168, 224) if "Half" in mangled else ("QGMMA", 128, 152)
     instructions = {"IGMMA": 12, values: 8, "UTMALDG": 6, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 3, **changes}
     return census.Kernel(
-        "90a", census.short_name(mangled), registers, instructions=Counter(instructions), lowered={56}, raised={224}
-    )
+        "90a", census.short_name(mangled), registers or launch, instructions=Counter(instructions), lowered={56}, raised={consumer}
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
