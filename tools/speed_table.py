@@ -17,7 +17,7 @@ COLUMNS = {  # heading: (implementation, recipe)
     "`sage2`": ("sage_jax", "sage2"),
     "cuDNN bf16": ("cudnn_bf16", None),
     "cuDNN FP8, casts included": ("cudnn_fp8", None),
-    "FP8 operands given": ("cudnn_fp8_ready", None),
+    "cuDNN FP8, operands given": ("cudnn_fp8_ready", None),
     "`sagebwd`": ("sage_jax", "sagebwd"),
 }
 
