@@ -187,14 +187,19 @@ def add_timing(
     parser.add_argument("--seconds", type=number, default=seconds, help=f"least duration of a sample{least}")
 
 
-def contestants(options: argparse.Namespace) -> list[contenders.Contender]:
-    """Our recipes and the peers that are installed; says which are not, and why."""
+def contestants(options: argparse.Namespace, *, training: bool = False) -> list[contenders.Contender]:
+    """Our recipes and the peers that are installed, with `training` those that have gradients; says which are not, and why."""
     found = [contenders.ours(recipe, options.implementation) for recipe in options.recipes]
     for name in options.peers:
         try:
-            found.append(contenders.PEERS[name]())
+            peer = contenders.PEERS[name]()
         except Exception as reason:  # noqa: BLE001  (whatever a peer raises on import)
             print(f"left out: {name}: {measuring.sentence(reason)}")
+            continue
+        if training and not peer.differentiable:
+            print(f"left out: {name}: it is timed forward only, and this measures training")
+            continue
+        found.append(peer)
     return found
 
 

@@ -188,7 +188,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    head, entrants = measuring.environment(), attention.contestants(options)
+    head, entrants = measuring.environment(), attention.contestants(options, training=True)
     heads = options.channels // options.head_dim
     shape = (1, options.tokens, heads, options.head_dim)
     steps = [("attention", c, functools.partial(of_attention, c, shape)) for c in entrants]

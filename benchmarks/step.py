@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     rows, failures = [], []
     for context in options.contexts:
-        for contender in attention.contestants(options):
+        for contender in attention.contestants(options, training=True):
             print(f"context {context}: {contender.label}", flush=True)
             try:
                 rows.append((context, contender.label, measure(contender, context, options)))

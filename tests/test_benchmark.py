@@ -162,16 +162,25 @@ def test_operands_that_are_given_ready_are_made_before_the_clock_starts(tmp_path
     line = benchmark.Line("fwd", 1, 8, 1, 32, False)
     inputs = line.inputs()
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
-    for given in inputs, shapes:
+    for given in shapes, inputs:
         run = benchmark.speed_runs(line, ready, given)
-        assert [x.dtype for x in run.args] == [jnp.float16] * 3
-    assert (run := benchmark.speed_runs(line, ready, inputs))().dtype == jnp.float16 and run.args[0].shape == line.shape
+        assert [x.dtype for x in run.args] == [jnp.float16] * 3 and run.args[0].shape == line.shape
+    assert run().dtype == jnp.float16
     monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: ready)
     path = tmp_path / "cpu.json"
     assert benchmark.main([*TINY, "--fresh", "--output", str(path), "--peers", "fa3_bf16"]) == 0
     results = json.loads(path.read_text())
     assert {row["pass"] for row in results["speed"] if row["impl"] == "fa3_bf16"} == {"fwd"}
     assert not any(row["impl"] == "fa3_bf16" for row in results["accuracy"])
+
+
+def test_a_peer_without_gradients_is_left_out_of_training(monkeypatch, capsys):
+    forward = contenders.Contender("fa3_bf16", None, lambda q, k, v, causal: q, differentiable=False)
+    monkeypatch.setitem(contenders.PEERS, "fa3_bf16", lambda: forward)
+    options = benchmark.parse([*TINY, "--peers", "fa3_bf16", "xla"])
+    assert [c.impl for c in benchmark.contestants(options, training=True)] == ["sage_jax"] * len(options.recipes) + ["xla"]
+    assert capsys.readouterr().out == "left out: fa3_bf16: it is timed forward only, and this measures training\n"
+    assert forward in benchmark.contestants(options)
 
 
 def test_the_gpu_grid_starts_with_what_matters_most():

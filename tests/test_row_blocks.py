@@ -52,7 +52,7 @@ def test_every_query_is_taken_once(sizes, rows, parts, causal):
      ((1, 192 * 132, 1, 1), 1)],
 )  # fmt: skip
 def test_last_turn_is_shared_by_more_blocks(sizes, turns):
-    """1360 row blocks of 192 queries and 16 of 64 are ten turns of an H200 and the third part of one, not eleven."""
+    """1360 row blocks of 192 queries and 16 of 64 are ten turns of an H200 and two thirds of one, not eleven."""
     _, taken = plan(*sizes, causal=False, rows=192, parts=3)
     assert taken[..., 3].sum(axis=0).max() <= turns * 192
 
