@@ -2,7 +2,7 @@
 // groups, whose keys and values are read by many blocks at the same time; in a group the last rows come
 // first, because under a causal mask they see the most keys. Where, as far as the window says, all row blocks see as many keys,
 // and a kernel can leave rows out: the row blocks that don't fill a turn of all blocks come after the others, cut into parts
-// where one turn is enough for those, and then the last, shorter ones of all heads.
+// where one turn is enough for those, and then the last, shorter ones of all heads, if one turn is enough for them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +19,8 @@ struct RowBlock {
 };
 
 struct RowBlocks {
+  static constexpr int kUnit = 64;  // queries: parts of a row block are multiples of it
+
   int group_heads;
   int per_head;  // row blocks of a head, without a shorter last one where such come last
   int whole;     // of all of them, that are taken whole
@@ -40,7 +42,6 @@ struct RowBlocks {
     if (item < whole) return whole_block(shape, item, rows);
     item -= whole;
     if (item < split * parts) {
-      constexpr int kUnit = 64;
       const int units = rows / kUnit, part = item % parts;
       const int first = part * units / parts * kUnit, end = (part + 1) * units / parts * kUnit;
       RowBlock block = whole_block(shape, whole + item / parts, rows);
@@ -59,10 +60,33 @@ struct RowBlocks {
   }
 };
 
+// Which of them each block takes. Where they cost differently, and are not too many, each block has a list of its own, as if the
+// block that is free first always took the next. It is a part of the kernel's parameters.
+struct RowBlockLists {
+  static constexpr int kMostItems = 4096, kMostBlocks = 256;
+
+  RowBlocks plan;
+  bool listed;
+  uint16_t first[kMostBlocks + 1];  // of a block, in `items`
+  uint16_t items[kMostItems];
+
+  // The item that `block` of `blocks` takes as its turn-th; -1 past its last.
+  __host__ __device__ int item(int turn, int block, int blocks) const {
+    if (listed) {
+      const int i = first[block] + turn;
+      return i < first[block + 1] ? items[i] : -1;
+    }
+    const int i = RowBlocks::item(turn, block, blocks);
+    return i < plan.items ? i : -1;
+  }
+};
+
 // Plans row blocks of `rows` queries, which can be cut into `most_parts`, for `blocks` persistent blocks, for heads with
 // `head_bytes` of keys and values: the number of heads in a group is the one that keeps the blocks equally busy under the
 // window. Null, or why there is no plan.
 const char* plan_row_blocks(RowBlocks& plan, const AttentionShape& shape, const MaskParams& masks, int rows, int most_parts,
                             int64_t head_bytes, int blocks);
+const char* plan_row_blocks(RowBlockLists& lists, const AttentionShape& shape, const MaskParams& masks, int rows,
+                            int most_parts, int64_t head_bytes, int blocks);
 
 }  // namespace sage

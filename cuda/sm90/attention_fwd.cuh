@@ -92,7 +92,7 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
   call.tiled_out = leaves_in_tiles(params.out_dtype, s);
   if (error == nullptr && call.tiled_out) error = encode_output_map(call.out, params.out, s, s.queries, s.heads);
   if (error != nullptr) return error;
-  const int blocks = multiprocessors() < call.work.items ? multiprocessors() : call.work.items;
+  const int blocks = multiprocessors() < call.work.plan.items ? multiprocessors() : call.work.plan.items;
   return launch(attention_fwd<Config>, dim3(blocks), Config::kThreads, Config::kSharedBytes, stream,
                 call);
 }

@@ -20,13 +20,13 @@ class Finisher {
   __device__ void run() {
     const int blocks = static_cast<int>(gridDim.x);
 #pragma unroll 1
-    for (int turn = 0; RowBlocks::item(turn, static_cast<int>(blockIdx.x), blocks) < call_.work.items; ++turn) {
+    for (int turn = 0; call_.work.item(turn, static_cast<int>(blockIdx.x), blocks) >= 0; ++turn) {
       row_block(turn);
     }
   }
 
  private:
-  // Of the block's turn-th row block; no turn but the last is without one.
+  // Of the block's turn-th row block.
   __device__ void row_block(int turn) {
     const int slot_index = turn % Config::kSlots, lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const uint32_t phase = turn / Config::kSlots & 1;

@@ -19,7 +19,7 @@ struct ForwardCall {
   CUtensorMap q, k, v;
   CUtensorMap out;  // where `tiled_out`: outputs in 16 bits, heads as wide as padded
   bool tiled_out;
-  RowBlocks work;
+  RowBlockLists work;
   float zero;  // 0, which the compiler does not know: see forward_softmax.cuh
 };
 
@@ -66,10 +66,7 @@ class Producer {
 
   __device__ void run() {
     const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    for (int turn = 0; turn * blocks < call_.work.items; ++turn) {
-      const int item = RowBlocks::item(turn, block, blocks);
-      if (item < call_.work.items) row_block(item);
-    }
+    for (int turn = 0, item; (item = call_.work.item(turn, block, blocks)) >= 0; ++turn) row_block(item);
     if (lane() == 0) emit({0, kStop, {0.0f, 0.0f}});
   }
 
@@ -79,7 +76,7 @@ class Producer {
   __device__ void row_block(int item) {
     using Slot = typename Config::Slot;
     const AttendParams& p = call_.p;
-    const RowBlock work = call_.work.at(p.shape, item, Config::kRows);
+    const RowBlock work = call_.work.plan.at(p.shape, item, Config::kRows);
     const int plane = work.b * p.shape.heads + work.n;
     kv_plane_ = work.b * p.shape.kv_heads + work.n / (p.shape.heads / p.shape.kv_heads);
     // All loads are under way before the first is used, and before the slot is free.

@@ -1,4 +1,6 @@
 // C names for the entry points of the kernel library and the settings of the simulator.
+#include <algorithm>
+
 #include "common/params.h"
 #include "common/row_blocks.cuh"
 #include "sim.h"
@@ -27,22 +29,25 @@ size_t sim_sizeof_quantize_q_params() { return sizeof(sage::QuantizeQParams); }
 
 
 // Writes batch row, head and first query of the items in the order in which blocks take them: turn by turn, -1
-// where a block has nothing to do, and how many queries. Returns the error, or null.
+// where a block has nothing to do, and how many queries; one turn more than there are. Returns the error, or null.
 const char* sim_row_blocks(const sage::AttentionShape* shape, int window_right, int rows, int most_parts, int64_t head_bytes,
-                           int blocks, int* group_heads, int* turns, int* taken) {
-  sage::RowBlocks plan = {};
+                           int blocks, int lists, int* group_heads, int* turns, int* taken) {
+  sage::RowBlockLists work = {};
   sage::MaskParams masks = {};
   masks.window_left = 1 << 30;
   masks.window_right = window_right;
-  const char* error = sage::plan_row_blocks(plan, *shape, masks, rows, most_parts, head_bytes, blocks);
+  const char* error = lists ? sage::plan_row_blocks(work, *shape, masks, rows, most_parts, head_bytes, blocks)
+                            : sage::plan_row_blocks(work.plan, *shape, masks, rows, most_parts, head_bytes, blocks);
   if (error != nullptr) return error;
-  *group_heads = plan.group_heads;
-  *turns = (plan.items + blocks - 1) / blocks;
-  for (int turn = 0; turn < *turns; ++turn) {
+  *group_heads = work.plan.group_heads;
+  const int grid = std::min(blocks, work.plan.items);  // as it is launched
+  *turns = 0;
+  for (bool any = true; any; *turns += any) {
+    any = false;
     for (int block = 0; block < blocks; ++block, taken += 4) {
-      const int item = sage::RowBlocks::item(turn, block, blocks);
-      const sage::RowBlock at =
-          item < plan.items ? plan.at(*shape, item, rows) : sage::RowBlock{-1, -1, -1, 0};
+      const int item = block < grid ? work.item(*turns, block, grid) : -1;
+      const sage::RowBlock at = item >= 0 ? work.plan.at(*shape, item, rows) : sage::RowBlock{-1, -1, -1, 0};
+      any = any || item >= 0;
       taken[0] = at.b, taken[1] = at.n, taken[2] = at.row, taken[3] = at.rows;
     }
   }
