@@ -1,5 +1,5 @@
 // sage_jax_quantize_kv (docs/abi.md, section 1), in sweeps over tiles of 64 tokens:
-//   1. which keys are bad, each tile's sums of K and V and, for scales per channel, extremes of V;
+//   1. which keys are bad, each tile's sums of K (its part of the sample) and V and, for scales per channel, extremes of V;
 //   2. per head: the means of K and V and the channel scales of V;
 //   3. codes and tile scales;
 //   4. with dp, over the codes of each head: what the backward pass scales its operands by.
@@ -15,6 +15,7 @@ struct Plan {
   Shape s;
   int64_t tiles;
   bool* bad;      // [B, K, Sp]: valid, but holds a NaN or Inf
+  int32_t* counts;  // [B, K, S64, 2]: keys and values that the tile's sums are of
   float *k_sums, *v_sums;  // [B, K, S64, Hp]: over the tile
   float *v_max, *v_min;    // [B, K, S64, Hp]
   float* v_amax;           // [B, K, Hp]: largest |v - v_mean|
@@ -41,6 +42,12 @@ struct TileAt {
   }
 };
 
+// Whether a key counts towards the mean that K loses: of many, sixteen of each 128 do (docs/abi.md, section 1).
+bool in_sample(int64_t key, int64_t keys) {
+  int64_t chunk = key / 128;
+  return keys < 1024 || key % 128 / 16 == (chunk + chunk / 8) % 8;
+}
+
 // Loads the tile's rows, zeros for keys that take no part.
 void load_tile(float* to, const Plan& plan, const TileAt& at, Array from) {
   const bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
@@ -55,36 +62,43 @@ void load_tile(float* to, const Plan& plan, const TileAt& at, Array from) {
   }
 }
 
-void find_bad(const Plan& plan, const TileAt& at, float* k, float* v) {
+// Which keys and values of a tile its sums are of.
+struct Counted {
+  bool keys[kTile], values[kTile];
+};
+
+// Loads the tile's rows, zeros for those that its sums are not of.
+void find_bad(const Plan& plan, const TileAt& at, float* k, float* v, Counted& counted, int32_t* counts) {
   bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
+  const auto load = [&](float* row, Array from, int64_t j) {
+    load_row(row, from, plan.row_offset(at.b, at.first + j, at.k), plan.s.H, plan.s.Hp);
+    return all_finite(row, plan.s.Hp);
+  };
+  counts[0] = counts[1] = 0;
   for (int64_t j = 0; j < kTile; ++j) {
-    bad[j] = false;
-    if (j >= at.valid) continue;
-    int64_t offset = plan.row_offset(at.b, at.first + j, at.k);
-    load_row(k + j * plan.s.Hp, plan.p.k, offset, plan.s.H, plan.s.Hp);
-    load_row(v + j * plan.s.Hp, plan.p.v, offset, plan.s.H, plan.s.Hp);
-    bad[j] = !all_finite(k + j * plan.s.Hp, plan.s.Hp) || !all_finite(v + j * plan.s.Hp, plan.s.Hp);
-  }
-  for (int64_t j = 0; j < kTile; ++j) {
-    if (j < at.valid && !bad[j]) continue;
-    __builtin_memset(k + j * plan.s.Hp, 0, plan.s.Hp * sizeof(float));
-    __builtin_memset(v + j * plan.s.Hp, 0, plan.s.Hp * sizeof(float));
+    float *key = k + j * plan.s.Hp, *value = v + j * plan.s.Hp;
+    bool valid = j < at.valid, good_key = valid && load(key, plan.p.k, j), good_value = valid && load(value, plan.p.v, j);
+    bad[j] = valid && !(good_key && good_value);
+    counts[0] += counted.keys[j] = good_key && in_sample(at.first + j, plan.s.S);
+    counts[1] += counted.values[j] = good_value;
+    if (!counted.keys[j]) __builtin_memset(key, 0, plan.s.Hp * sizeof(float));
+    if (!good_value) __builtin_memset(value, 0, plan.s.Hp * sizeof(float));
   }
 }
 
 void summarise_tile(const Plan& plan, int64_t item, float* k, float* v) {
   TileAt at(plan, item);
   int64_t Hp = plan.s.Hp;
-  find_bad(plan, at, k, v);
+  Counted counted;
+  find_bad(plan, at, k, v, counted, plan.counts + 2 * item);
   if (plan.p.smooth_k) {
     halving_sum(k, kTile, Hp);
     __builtin_memcpy(plan.k_sums + item * Hp, k, Hp * sizeof(float));
   }
-  const bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
   for (int64_t h = 0; h < Hp; h += kLanes) {
     F top = splat(-kInfinity), bottom = splat(kInfinity);
     for (int64_t j = 0; j < at.valid; ++j) {
-      if (bad[j]) continue;
+      if (!counted.values[j]) continue;
       top = max(top, loadf(v + j * Hp + h));
       bottom = min(bottom, loadf(v + j * Hp + h));
     }
@@ -107,13 +121,15 @@ void finish_mean(float* mean, bool smooth, float* sums, int64_t tiles, int64_t H
 
 void finish_head(const Plan& plan, int64_t head) {
   const QuantizeKv& p = plan.p;
-  int64_t Hp = plan.s.Hp, tiles = plan.tiles, b = head / plan.s.K, first = head * tiles * Hp;
-  const bool* bad = plan.bad + head * plan.s.Sp();
+  int64_t Hp = plan.s.Hp, tiles = plan.tiles, first = head * tiles * Hp;
   float* v_mean = p.v_mean + head * Hp;
-  int32_t count = 0;
-  for (int64_t j = 0; j < plan.valid_keys(b); ++j) count += !bad[j];
-  finish_mean(p.k_mean + head * Hp, p.smooth_k, plan.k_sums + first, tiles, Hp, count);
-  finish_mean(v_mean, p.smooth_v, plan.v_sums + first, tiles, Hp, count);
+  int32_t keys = 0, values = 0;
+  for (int64_t item = head * tiles; item < (head + 1) * tiles; ++item) {
+    keys += plan.counts[2 * item];
+    values += plan.counts[2 * item + 1];
+  }
+  finish_mean(p.k_mean + head * Hp, p.smooth_k, plan.k_sums + first, tiles, Hp, keys);
+  finish_mean(v_mean, p.smooth_v, plan.v_sums + first, tiles, Hp, values);
   float* amax = plan.v_amax + head * Hp;
   const auto extremes = [&](int64_t h, auto use) {
     F top = splat(-kInfinity), bottom = splat(kInfinity);
@@ -288,6 +304,7 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
                s,
                s.S64(),
                shared.take<bool>(heads * s.Sp()),
+               shared.take<int32_t>(2 * items),
                shared.take<float>(p.smooth_k ? items * s.Hp : 0),
                shared.take<float>(p.smooth_v ? items * s.Hp : 0),
                shared.take<float>(items * s.Hp),

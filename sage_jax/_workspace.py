@@ -40,7 +40,8 @@ def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
         ("value_sums", "f32", (B, K, G, Hp)),  # the same of V
         ("value_max", "f32", (B, K, G, Hp)),  # channel maxima of V per strand
         ("value_min", "f32", (B, K, G, Hp)),
-        ("used", "s32", (B, K, G)),  # tokens counted per strand
+        ("keys", "s32", (B, K, G)),  # tokens counted per strand for the mean of K
+        ("values", "s32", (B, K, G)),  # and of V
     )
 
 

@@ -124,6 +124,17 @@ def token_mean(x: jax.Array, count: jax.Array) -> jax.Array:
     return lax.reduce_precision(mean, 8, 7)
 
 
+def key_sample(tokens: int) -> np.ndarray:
+    """bool [S]: which keys count towards the mean that K loses (`docs/abi.md`, section 1).
+
+    Any vector may be subtracted from all keys, and only its distance from their middle matters, to their scales: of 1024
+    tokens or more sixteen of each 128 stand for all, which saves most of a reading of K.
+    """
+    token = np.arange(tokens)
+    chunk = token // 128
+    return (tokens < 1024) | (token % 128 // 16 == (chunk + chunk // 8) % 8)
+
+
 def without_small(mean: jax.Array, v: jax.Array) -> jax.Array:
     """`mean` [..., H] of V [..., S, H], 0 in channels where it is below 1/256 of the largest |v|.
 

@@ -29,7 +29,8 @@ class Recipe:
         64 keys, V per 64 tokens: SageBwd, arXiv 2505.11594, section 4), or that of `qk` where it is an FP4 format.
       pv_accumulator: "f32", or "f16": e4m3 products collected in half precision over 64 keys (SageAttention2++,
         arXiv 2505.21136), with the range of V's codes, `v_range`, that every e4m3 recipe has: nothing overflows.
-      smooth_k: subtract the mean of K over tokens before quantization (SageAttention, arXiv 2410.02367, section 4.2).
+      smooth_k: subtract the mean of K over tokens before quantization (SageAttention, arXiv 2410.02367, section 4.2); except
+        in FP4, from 1024 tokens on the mean of an eighth of them, spread out: any vector cancels in the softmax.
       smooth_v: subtract the mean of V over tokens, channel by channel, wherever V becomes 8 bits or fewer. In P·V with e4m3 the
         output gets it back (SageAttention2, arXiv 2411.10958, on the FP22 accumulator): the matrix unit's truncated sums and
         e4m3's rounding then err relative to V's deviations, not to V's mean. In train8's dO·Vᵀ, D loses it as well: dS is

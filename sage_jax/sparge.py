@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from sage_jax import masking, support
-from sage_jax.recipe import padded_head_dim
 
 F32 = jnp.float32
 
@@ -62,7 +61,7 @@ class Selection:
 
     def sizes(self, head_dim: int) -> tuple[int, int]:
         """(queries, keys) of a block."""
-        return self.blocks or (128 if padded_head_dim(head_dim) > 128 else 192, 128)
+        return self.blocks or (128 if head_dim > 128 else 192, 128)
 
 
 def check_selection(selection) -> None:

@@ -47,6 +47,7 @@ CASES = (
     Case("window_left", T=150, S=150, left=70, right=0, H=128),
     Case("lengths", T=100, S=140, lengths=True, empty_rows=True),
     Case("lengths_causal", T=100, S=140, lengths=True, right=0, bottom_right=True, empty_rows=True),
+    Case("many_keys", T=40, S=1300, lengths=True, empty_rows=True),  # of which K's mean takes a sample
     Case("segments", T=150, S=150, segments=True, right=0),
     Case("mask_full", mask=(1, 1, 1, 1), empty_rows=True),
     Case("mask_2d", T=90, S=70, mask=(0, 0, 1, 1)),

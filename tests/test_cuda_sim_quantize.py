@@ -39,6 +39,9 @@ def bounds(batch, queries, keys):
         ((1, 700, 1, 128), "bfloat16", dict(pv="e4m3", dp="bf16")),
         ((1, 150, 1, 256), "float16", dict(pv="e4m3", dp="int8", smooth_k=False)),
         ((1, 330, 1, 64), "bfloat16", dict(pv="e4m3", dp=None, smooth_v=False)),
+        ((2, 1300, 1, 64), "bfloat16", dict(pv="e4m3", dp="int8")),
+        ((1, 1024, 2, 128), "float16", dict(pv="f16", dp="bf16")),
+        ((1, 1100, 1, 36), "float32", dict(pv="int8", dp=None)),
         ((1, 300, 1, 128), "bfloat16", dict(pv="int8", dp="bf16")),
         ((1, 70, 2, 200), "float16", dict(pv="f16", dp=None)),
         ((2, 200, 1, 64), "bfloat16", dict(pv="bf16", dp="int8", smooth_k=False)),
@@ -94,6 +97,19 @@ def test_every_magnitude(size):
     sim.settings()
     actual = sim.quantize_kv(k, v, limits, **options)
     assert_same_keys_and_values(actual, quantize_kv(k, v, limits, **options))
+
+
+@pytest.mark.parametrize("tokens", (200, 1500))
+@pytest.mark.parametrize("pv", ("e4m3", "f16"))
+def test_bad_keys_and_bad_values_count_on_their_own(tokens, pv):
+    k, v = (np.array(tensor(seed, (1, tokens, 1, 64), "float32", bad=False)) for seed in (5, 6))
+    k[0, [3, tokens - 90, tokens - 1], 0, 7] = np.nan, np.inf, -np.inf
+    v[0, [4, 70, tokens - 2], 0, 9] = -np.inf, np.nan, np.nan
+    v[0, tokens - 1] *= 50  # the largest value is that of a bad key
+    limits = bounds(1, tokens, tokens)
+    options = dict(pv=pv, v_range=448.0, smooth_k=True, smooth_v=pv == "e4m3", dp="int8")
+    sim.settings()
+    assert_same_keys_and_values(sim.quantize_kv(k, v, limits, **options), quantize_kv(k, v, limits, **options))
 
 
 def test_rows_with_a_value_that_bf16_makes_infinite_have_no_norm():

@@ -79,6 +79,39 @@ def test_smoothing_removes_offsets():
     assert relative_l2(shifted.k_mean, jnp.mean(k + offset, axis=1)) < 2**-8
 
 
+def test_of_many_keys_sixteen_of_each_128_give_the_mean():
+    assert qz.key_sample(1023).all()
+    sample = qz.key_sample(128 * 70)
+    assert (sample.reshape(-1, 128).sum(1) == 16).all()
+    assert (sample.reshape(-1, 16).sum(1) % 16 == 0).all()  # neighbours
+    # Every place in turn, and no period below 1024 tokens that a sequence could have as well.
+    places = sample.reshape(-1, 8, 16)[..., 0].argmax(1)
+    assert places[:8].tolist() == list(range(8)) and len(set(places[::8].tolist())) == 8
+    k = normal(0, 1, 2100, 1, 64) + 5
+    kv = quantize(k, k, jnp.array([[1, 1900, 0]], jnp.int32))
+    exact = np.asarray(k, np.float64)[0, :1900][qz.key_sample(2100)[:1900]].mean(0)
+    assert np.abs(np.asarray(kv.k_mean)[0, 0] - exact[0]).max() < 2**-6  # rounded to bf16 near 5
+    assert np.abs(np.asarray(kv.v_mean)[0, 0] - np.asarray(k)[0, :1900, 0].mean(0)).max() < 2**-6
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_a_sample_smooths_as_well_as_all_keys(tokens):
+    k, offset = normal(0, 1, tokens, 1, 64), 30 * normal(2, 1, 1, 1, 64)
+    drift = 2 * jnp.cumsum(normal(3, 1, tokens, 1, 64), axis=1) / tokens**0.5
+    for keys in (k, k + drift):
+        without = quantize(keys - keys.mean(axis=1, keepdims=True), k, smooth_k=False)
+        assert relative_l2(quantize(keys + offset, k).k_scale, without.k_scale) < 0.05
+
+
+def test_statistics_of_values_do_not_depend_on_keys():
+    """A key may be bad where its value is not: such a value counts, as far as scales go."""
+    k, v = normal(0, 1, 200, 1, 64), normal(1, 1, 200, 1, 64).at[0, 7].mul(10)
+    kv, bad = quantize(k, v), quantize(k.at[0, 7].set(jnp.nan), v)
+    for name in ("v_scale", "v_mean"):
+        assert_same_bits(getattr(bad, name), getattr(kv, name), name)
+    assert (qz.untranspose_tokens(bad.v_pv.astype(jnp.float32), 200)[0, 0, 7] == 0).all()
+
+
 def test_smoothing_of_values_removes_offsets_from_the_codes_and_nothing_else():
     v, offset = normal(0, 1, 256, 2, 64), 30 * normal(2, 1, 1, 2, 64)
     plain, shifted = quantize(v, v), quantize(v, v + offset)

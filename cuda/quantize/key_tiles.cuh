@@ -51,6 +51,21 @@ struct TileIndex : PlaneIndex {
         tile(share) {}
 };
 
+// Starts to read the thread's first kCount tokens of K or V.
+template <int kCount, class Piece, class Tokens>
+__device__ __forceinline__ void read_tokens(Piece (&pieces)[kCount], const void* tensor, Dtype dtype, const PlaneIndex& at,
+                                            Tokens tokens, int channel, const AttentionShape& shape) {
+  // Found anew for each tile: what is remembered takes registers.
+  const int b = ptx::opaque(at.b), head = ptx::opaque(static_cast<int>(at.plane)) - b * shape.kv_heads;
+  const int stride = shape.kv_heads * shape.head_dim;  // from a token to the next, in elements
+  const int64_t first = (static_cast<int64_t>(b) * shape.keys + tokens.first) * stride + head * shape.head_dim;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    pieces[i].load(tensor, dtype, first + static_cast<unsigned>(Tokens::distance(i) * stride), channel, shape.head_dim,
+                   Tokens::distance(i) < at.valid - tokens.first);
+  }
+}
+
 // Eight channels of a thread's tokens of K and V. `used` tokens are valid and finite; others read as
 // zero.
 template <class Piece>
@@ -75,11 +90,11 @@ struct TokenPairs {
   }
   template <class Params, class Tokens>
   __device__ __forceinline__ void load_keys(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
-    read(k, p.k, p.k_dtype, at, tokens, channel, p.shape);
+    read_tokens(k, p.k, p.k_dtype, at, tokens, channel, p.shape);
   }
   template <class Params, class Tokens>
   __device__ __forceinline__ void load_values(const Params& p, const PlaneIndex& at, Tokens tokens, int channel) {
-    read(v, p.v, p.v_dtype, at, tokens, channel, p.shape);
+    read_tokens(v, p.v, p.v_dtype, at, tokens, channel, p.shape);
   }
 
   // Reads the values once more, after a check, where they did not find room in registers.
@@ -118,22 +133,6 @@ struct TokenPairs {
         k[i].clear();
         v[i].clear();
       }
-    }
-  }
-
- private:
-  template <class Tokens>
-  static __device__ __forceinline__ void read(Piece (&pieces)[kPerThread], const void* tensor, Dtype dtype,
-                                              const PlaneIndex& at, Tokens tokens, int channel,
-                                              const AttentionShape& shape) {
-    // Found anew for each tile: what is remembered takes registers.
-    const int b = ptx::opaque(at.b), head = ptx::opaque(static_cast<int>(at.plane)) - b * shape.kv_heads;
-    const int stride = shape.kv_heads * shape.head_dim;  // from a token to the next, in elements
-    const int64_t first = (static_cast<int64_t>(b) * shape.keys + tokens.first) * stride + head * shape.head_dim;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      pieces[i].load(tensor, dtype, first + static_cast<unsigned>(Tokens::distance(i) * stride), channel,
-                     shape.head_dim, Tokens::distance(i) < at.valid - tokens.first);
     }
   }
 };

@@ -325,7 +325,9 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
   if (tiles_of_keys(p.shape) > strands(p.shape) << kLevels) return "the key length is too large";
   const char* error = nullptr;
   if (runs_over_sequence(p) && p.shape.keys > 0) {
-    error = launch(strand_statistics<kHeadDim, Piece>, grid, block, sizeof(StrandShared<kHeadDim>), stream, p);
+    auto* const statistics = counted_keys(p.shape) == Keys::kAll ? strand_statistics<kHeadDim, Piece, Keys::kAll>
+                                                                 : strand_statistics<kHeadDim, Piece, Keys::kSample>;
+    error = launch(statistics, grid, block, sizeof(StrandShared<kHeadDim>), stream, p);
   } else if (p.dp != DpFormat::kNone) {
     error = launch(clear_all_largest, dim3(static_cast<unsigned>(planes)), kHeadDim, 0, stream, p);
   }

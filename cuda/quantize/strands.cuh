@@ -1,4 +1,4 @@
-// Means and maxima of K and V over the sequence, the first launch of quantize_kv.cu.
+// Means of K and V and maxima of V over the sequence, the first launch of quantize_kv.cu. Of many keys a sample counts.
 //
 // The tiles of a (batch, key head) are shared out in strands: strand j of G takes tiles j, j + G, j + 2G, ... The sum
 // over tiles, which docs/abi.md defines as halving (the upper half is added to the lower, again and again), adds tiles
@@ -30,13 +30,27 @@ __host__ __device__ inline int strands(const AttentionShape& s) {
   return count;
 }
 
+// The keys whose mean K loses: all of them or, of many, sixteen of each 128 (docs/abi.md): of one tile of two.
+enum class Keys { kAll, kSample };
+
+__host__ __device__ inline Keys counted_keys(const AttentionShape& s) { return s.keys < 1024 ? Keys::kAll : Keys::kSample; }
+
+// Where the tile's keys that count begin, from its first key on; -1 if there are none.
+template <Keys kKeys>
+__device__ __forceinline__ int first_counted(int tile) {
+  if (kKeys == Keys::kAll) return 0;
+  const int pair = tile / 2, group = (pair + pair / 8) % 8;
+  return group / 4 == tile % 2 ? group % 4 * 16 : -1;
+}
+
 // What the first launch hands on: a row a strand.
 struct Statistics {
   float* key_sums;    // [B, K, G, Hp]
   float* value_sums;  // [B, K, G, Hp]
   float* value_max;   // [B, K, G, Hp]; -inf where no token counts
   float* value_min;   // [B, K, G, Hp]; inf where no token counts
-  int* used;          // [B, K, G] tokens counted
+  int* keys;          // [B, K, G] tokens counted
+  int* values;        // [B, K, G]
 
   __host__ __device__ Statistics(const AttentionShape& s, void* workspace) {
     const int64_t rows = static_cast<int64_t>(s.batch) * s.kv_heads * strands(s);
@@ -44,11 +58,12 @@ struct Statistics {
     value_sums = key_sums + rows * s.padded_dim;
     value_max = value_sums + rows * s.padded_dim;
     value_min = value_max + rows * s.padded_dim;
-    used = reinterpret_cast<int*>(value_min + rows * s.padded_dim);
+    keys = reinterpret_cast<int*>(value_min + rows * s.padded_dim);
+    values = keys + rows;
   }
   static size_t bytes(const AttentionShape& s) {
     const size_t rows = static_cast<size_t>(s.batch) * s.kv_heads * strands(s);
-    return rows * (4 * sizeof(float) * s.padded_dim + sizeof(int));
+    return rows * (4 * sizeof(float) * s.padded_dim + 2 * sizeof(int));
   }
 };
 
@@ -79,12 +94,44 @@ struct StrandShared {
   // Of K and V; at the end largest and smallest V. Of one tile and the next in turns: a barrier a tile is enough.
   float rows[2][2][kWarps][kHeadDim];
   float partial[kLevels][2 * kHeadDim];    // sums of the walk
-  int used[kWarps];
+  int used[2][kWarps];
 };
 
 static_assert(sizeof(StrandShared<256>) <= 99 * 1024, "what an sm_89 or sm_120 offers a block");
 
-template <int kHeadDim, class Piece>
+// A thread's tokens of a tile, for their sums.
+template <class Piece, Keys kKeys>
+struct StrandTile {
+  Piece k[kKeys == Keys::kAll ? kPerThread : 1], v[kPerThread];
+
+  // Starts to read.
+  __device__ __forceinline__ void load(const QuantizeKvParams& p, const PlaneIndex& at, int tile, int row, int channel) {
+    const int first = tile * kTileKeys + row, counted = first_counted<kKeys>(tile);
+    if (counted >= 0) read_tokens(k, p.k, p.k_dtype, at, EverySixteenth{first + counted}, channel, p.shape);
+    read_tokens(v, p.v, p.v_dtype, at, EverySixteenth{first}, channel, p.shape);
+  }
+};
+
+// Waits for the thread's tokens; makes those that are not finite zeros. Bit i: token i counts. Every lane takes part.
+template <int kThreadsPerToken, class Piece, int kCount>
+__device__ __forceinline__ uint32_t finite_tokens(Piece (&x)[kCount], int left) {
+  uint32_t largest = 0, counts = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    largest = Piece::larger(largest, x[i].magnitude());
+    counts |= EverySixteenth::distance(i) < left ? 1u << i : 0u;  // others have been read as zeros
+  }
+  if (__all_sync(kFullWarp, Piece::finite(largest))) return counts;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (whole_token<kThreadsPerToken>(x[i].finite())) continue;
+    x[i].clear();
+    counts &= ~(1u << i);
+  }
+  return counts;
+}
+
+template <int kHeadDim, class Piece, Keys kKeys>
 __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistics(const QuantizeKvParams p) {
   using Rows = RowBlock<kHeadDim>;
   constexpr int kWarps = StrandShared<kHeadDim>::kWarps;
@@ -116,17 +163,18 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
 
   typename Piece::Extremes extremes;
   float sum = 0.0f;
-  int used = 0;
-  TokenPairs<Piece> next;
-  const auto load = [&](TokenPairs<Piece>& x, int visit) {
+  int used[2] = {0, 0};
+  using Tile = StrandTile<Piece, kKeys>;
+  Tile next;
+  const auto load = [&](Tile& x, int visit) {
     const int tile = visit < walk.count() ? walk.tile(visit) : at.tiles;
-    if (tile < at.tiles) x.load(p, at, EverySixteenth{tile * kTileKeys + ptx::opaque(row)}, ptx::opaque(channel));
+    if (tile < at.tiles) x.load(p, at, tile, ptx::opaque(row), ptx::opaque(channel));
   };
   if (Piece::kReadsAhead) load(next, 0);
 #pragma unroll 1
   for (int visit = 0; visit < walk.count(); ++visit) {
     const int tile = walk.tile(visit);
-    TokenPairs<Piece> x;
+    Tile x;
     if constexpr (Piece::kReadsAhead) {
       x = next;
       load(next, visit + 1);
@@ -135,32 +183,47 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
     }
     sum = 0.0f;
     if (tile < at.tiles) {
-      x.check(Rows(), at, EverySixteenth{tile * kTileKeys + row});
+      const int left = at.valid - tile * kTileKeys - row, of_keys = first_counted<kKeys>(tile);
+      const auto add = [](float a, float b) { return a + b; };
       // Tokens row, row + 16, row + 32, row + 48: the first two halvings of the tile happen here.
-      float y[kPerThread][kChannels], four[kChannels];
+      const auto sum_tokens = [&](int to, const auto& tokens) {
+        constexpr int kCount = sizeof(tokens) / sizeof(Piece);
+        float y[kCount][kChannels], four[kChannels];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
+        for (int i = 0; i < kCount; ++i) tokens[i].unpack(y[i]);
 #pragma unroll
-        for (int i = 0; i < kPerThread; ++i) (k == 0 ? x.k[i] : x.v[i]).unpack(y[i]);
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) four[i] = (y[0][i] + y[2][i]) + (y[1][i] + y[3][i]);
-        spread(k, four, [](float a, float b) { return a + b; });
+        for (int i = 0; i < kChannels; ++i) {
+          if constexpr (kCount == 1) {
+            four[i] = y[0][i] + 0.0f;  // the tile's other tokens
+          } else {
+            four[i] = (y[0][i] + y[2][i]) + (y[1][i] + y[3][i]);
+          }
+        }
+        spread(to, four, add);
+      };
+      if (of_keys >= 0) {
+        used[0] += __popc(finite_tokens<Rows::kThreadsPerToken>(x.k, left - of_keys));
+        sum_tokens(0, x.k);
       }
+      const uint32_t values = finite_tokens<Rows::kThreadsPerToken>(x.v, left);
+      used[1] += __popc(values);
+      sum_tokens(1, x.v);
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
-        used += x.used[i] ? 1 : 0;
-        if (x.used[i]) extremes.add(x.v[i]);
+        if (values >> i & 1) extremes.add(x.v[i]);
       }
       __syncthreads();
-      float z[kWarps];
+      if (tensor == 1 || of_keys >= 0) {
+        float z[kWarps];
 #pragma unroll
-      for (int i = 0; i < kWarps; ++i) z[i] = shared.rows[turn][tensor][i][c];
+        for (int i = 0; i < kWarps; ++i) z[i] = shared.rows[turn][tensor][i][c];
 #pragma unroll
-      for (int half = kWarps / 2; half > 0; half /= 2) {
+        for (int half = kWarps / 2; half > 0; half /= 2) {
 #pragma unroll
-        for (int i = 0; i < half; ++i) z[i] += z[i + half];
+          for (int i = 0; i < half; ++i) z[i] += z[i + half];
+        }
+        sum = z[0];
       }
-      sum = z[0];
       turn ^= 1;
     }
     int level = 0;
@@ -175,10 +238,13 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
   extremes.unpack(largest, smallest);
   spread(0, largest, [](float a, float b) { return fmaxf(a, b); });
   spread(1, smallest, [](float a, float b) { return fminf(a, b); });
-  used = channel == 0 ? used : 0;
 #pragma unroll
-  for (int step = kWarpSize / 2; step > 0; step /= 2) used += __shfl_xor_sync(kFullWarp, used, step);
-  if (lane == 0) shared.used[warp] = used;
+  for (int i = 0; i < 2; ++i) {
+    int tokens = channel == 0 ? used[i] : 0;
+#pragma unroll
+    for (int step = kWarpSize / 2; step > 0; step /= 2) tokens += __shfl_xor_sync(kFullWarp, tokens, step);
+    if (lane == 0) shared.used[i][warp] = tokens;
+  }
   __syncthreads();
   const auto& rows = shared.rows[turn];
   float extreme = rows[tensor][0][c];
@@ -187,10 +253,10 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) strand_statistic
     extreme = tensor == 0 ? fmaxf(extreme, rows[tensor][i][c]) : fminf(extreme, rows[tensor][i][c]);
   }
   (tensor == 0 ? out.value_max : out.value_min)[to * kHeadDim + c] = extreme;
-  if (threadIdx.x == 0) {
+  if (c == 0) {
     int total = 0;
-    for (int i = 0; i < kWarps; ++i) total += shared.used[i];
-    out.used[to] = total;
+    for (int i = 0; i < kWarps; ++i) total += shared.used[tensor][i];
+    (tensor == 0 ? out.keys : out.values)[to] = total;
   }
   if (p.dp != DpFormat::kNone && at.share == 0) clear_largest(p, at.plane);
 }
@@ -210,7 +276,7 @@ struct ChannelStatistics {
     int used = 0;
 #pragma unroll 4
     for (int i = 0; i < count; ++i) {
-      used += in.used[plane * count + i];
+      used += (of_values ? in.values : in.keys)[plane * count + i];
       if (!of_values) continue;
       most = fmaxf(most, in.value_max[first + i * width]);
       least = fminf(least, in.value_min[first + i * width]);
