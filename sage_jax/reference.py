@@ -86,7 +86,7 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
         count = jnp.maximum(jnp.sum(counts, axis=-1, dtype=jnp.int32), 1)
         return x, qz.token_mean(x, count) if smooth else jnp.zeros_like(x[..., 0, :])
 
-    _, k_mean = statistics(k, valid & finite_k & qz.key_sample(tokens), smooth_k)
+    _, k_mean = statistics(k, valid & finite_k & qz.key_sample(tokens)[None, None], smooth_k)
     v_counted, v_mean = statistics(v, valid & finite_v, smooth_v)
     v_mean = qz.without_small(v_mean, v_counted)
     if pv == "e4m3":
