@@ -14,8 +14,8 @@ struct Plan {
   const QuantizeKv& p;
   Shape s;
   int64_t tiles;
-  bool* bad;      // [B, K, Sp]: valid, but holds a NaN or Inf
-  int32_t* counts;  // [B, K, S64, 2]: keys and values that the tile's sums are of
+  bool* bad;               // [B, K, Sp]: valid, but holds a NaN or Inf
+  int32_t* counts;         // [B, K, S64, 2]: keys and values that the tile's sums are of
   float *k_sums, *v_sums;  // [B, K, S64, Hp]: over the tile
   float *v_max, *v_min;    // [B, K, S64, Hp]
   float* v_amax;           // [B, K, Hp]: largest |v - v_mean|

@@ -15,12 +15,13 @@ def plan(batch, queries, heads, kv_heads, *, causal, blocks=H200, rows=128, part
     keys = keys or queries
     shape = sim.Shape(batch, queries, keys, heads, kv_heads, head_dim, head_dim)
     most_turns = -(-batch * heads * -(-queries // rows) * parts // blocks)
-    taken, group, turns = np.zeros((4 * most_turns + 2, blocks, 4), np.int32), ctypes.c_int(), ctypes.c_int()
+    most_turns = 4 * most_turns + 2  # lists of short row blocks are longer
+    taken, group, turns = np.zeros((most_turns, blocks, 4), np.int32), ctypes.c_int(), ctypes.c_int()
     plan_row_blocks = sim.library().sim_row_blocks
     plan_row_blocks.restype = ctypes.c_char_p
     error = plan_row_blocks(
         ctypes.byref(shape), 0 if causal else OPEN, rows, parts, ctypes.c_int64(2 * keys * head_dim), blocks, lists,
-        ctypes.byref(group), ctypes.byref(turns), taken.ctypes.data_as(ctypes.c_void_p),
+        most_turns, ctypes.byref(group), ctypes.byref(turns), taken.ctypes.data_as(ctypes.c_void_p),
     )  # fmt: skip
     assert error is None
     return group.value, taken[: turns.value]

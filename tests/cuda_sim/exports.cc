@@ -31,7 +31,7 @@ size_t sim_sizeof_quantize_q_params() { return sizeof(sage::QuantizeQParams); }
 // Writes batch row, head and first query of the items in the order in which blocks take them: turn by turn, -1
 // where a block has nothing to do, and how many queries; one turn more than there are. Returns the error, or null.
 const char* sim_row_blocks(const sage::AttentionShape* shape, int window_right, int rows, int most_parts, int64_t head_bytes,
-                           int blocks, int lists, int* group_heads, int* turns, int* taken) {
+                           int blocks, int lists, int most_turns, int* group_heads, int* turns, int* taken) {
   sage::RowBlockLists work = {};
   sage::MaskParams masks = {};
   masks.window_left = 1 << 30;
@@ -43,6 +43,7 @@ const char* sim_row_blocks(const sage::AttentionShape* shape, int window_right, 
   const int grid = std::min(blocks, work.plan.items);  // as it is launched
   *turns = 0;
   for (bool any = true; any; *turns += any) {
+    if (*turns == most_turns) return "too many turns";
     any = false;
     for (int block = 0; block < blocks; ++block, taken += 4) {
       const int item = block < grid ? work.item(*turns, block, grid) : -1;
