@@ -82,6 +82,16 @@ def make_inputs(case: Case, seed: int = 0):
     return q, k, v, dout, dlse, make_masks(case, rng)
 
 
+def bad_keys_and_bad_values(tokens: int):
+    """float32 k, v [1, tokens, 1, 64], each with an offset, that are not finite at different tokens; a bad key has the largest value."""
+    rng = np.random.default_rng(tokens)
+    k, v = (rng.standard_normal((1, tokens, 1, 64)) + 3 * rng.standard_normal(64) for _ in range(2))
+    k[0, [3, tokens - 90, tokens - 1], 0, 7] = np.nan, np.inf, -np.inf
+    v[0, [4, 70, tokens - 2], 0, 9] = -np.inf, np.nan, np.nan
+    v[0, tokens - 1] *= 50
+    return jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
+
+
 def make_masks(case: Case, rng) -> Masks:
     B, T, S, N = case.B, case.T, case.S, case.N
     q_len, kv_len = np.full(B, T), np.full(B, S)

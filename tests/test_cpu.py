@@ -320,11 +320,8 @@ def test_quantisers_on_awkward_values(dtype, pv):
 
 @pytest.mark.parametrize("tokens", (200, 1500))
 def test_bad_keys_and_bad_values_count_on_their_own(tokens):
-    k, v = (np.random.default_rng(seed).standard_normal((1, tokens, 1, 64)).astype(np.float32) for seed in (1, 2))
-    k[0, [3, tokens - 90, tokens - 1], 0, 7] = np.nan, np.inf, -np.inf
-    v[0, [4, 70, tokens - 2], 0, 9] = -np.inf, np.nan, np.nan
-    v[0, tokens - 1] *= 50  # the largest value is that of a bad key
-    k, v, bounds = jnp.asarray(k), jnp.asarray(v), masking.no_masks(1, tokens, tokens).bounds
+    k, v = cases.bad_keys_and_bad_values(tokens)
+    bounds = masking.no_masks(1, tokens, tokens).bounds
     options = dict(pv="e4m3", v_range=448.0, smooth_k=True, smooth_v=True, dp="int8")
     assert_same_keys_and_values(quantize_kv(k, v, bounds, **options), reference.quantize_kv(k, v, bounds, **options))
 

@@ -2,6 +2,7 @@
 
 import ctypes
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,10 +103,7 @@ def test_every_magnitude(size):
 @pytest.mark.parametrize("tokens", (200, 1500))
 @pytest.mark.parametrize("pv", ("e4m3", "f16"))
 def test_bad_keys_and_bad_values_count_on_their_own(tokens, pv):
-    k, v = (np.array(tensor(seed, (1, tokens, 1, 64), "float32", bad=False)) for seed in (5, 6))
-    k[0, [3, tokens - 90, tokens - 1], 0, 7] = np.nan, np.inf, -np.inf
-    v[0, [4, 70, tokens - 2], 0, 9] = -np.inf, np.nan, np.nan
-    v[0, tokens - 1] *= 50  # the largest value is that of a bad key
+    k, v = cases.bad_keys_and_bad_values(tokens)
     limits = bounds(1, tokens, tokens)
     options = dict(pv=pv, v_range=448.0, smooth_k=True, smooth_v=pv == "e4m3", dp="int8")
     sim.settings()
