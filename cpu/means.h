@@ -38,11 +38,12 @@ inline void store_mean(float* mean, const float* sums, int64_t count, int64_t Hp
   }
 }
 
-constexpr float kSmallMean = 256;  // a mean of V below 1/256 of its largest value is not subtracted
+// A mean of V that is so many times smaller than its largest value is not subtracted.
+constexpr float kSmallMean = 256, kSmallSampleMean = 8;
 
-inline void drop_small_means(float* mean, const float* largest, int64_t Hp) {
+inline void drop_small_means(float* mean, const float* largest, int64_t Hp, float times = kSmallMean) {
   for (int64_t h = 0; h < Hp; ++h) {
-    if (kSmallMean * (mean[h] < 0 ? -mean[h] : mean[h]) < largest[h]) mean[h] = 0;
+    if (times * (mean[h] < 0 ? -mean[h] : mean[h]) < largest[h]) mean[h] = 0;
   }
 }
 

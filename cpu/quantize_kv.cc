@@ -1,8 +1,9 @@
-// sage_jax_quantize_kv (docs/abi.md, section 1), in sweeps over tiles of 64 tokens:
-//   1. which keys are bad, each tile's sums of K (its part of the sample) and V and, for scales per channel, extremes of V;
-//   2. per head: the means of K and V and the channel scales of V;
-//   3. codes and tile scales;
-//   4. with dp, over the codes of each head: what the backward pass scales its operands by.
+// sage_jax_quantize_kv (docs/abi.md, section 1):
+//   1. per head: the means of K and V, and what V's channel scales are for, from a sample of the tokens;
+//   2. per tile of 64 tokens: which keys are bad and, for scales per channel, the largest values;
+//   3. per head: the channel scales of V;
+//   4. per tile: codes and tile scales;
+//   5. with dp, over the codes of each head: what the backward pass scales its operands by.
 // The second sweep over k and v finds most of them still in cache.
 #include "means.h"
 #include "tiles.h"
@@ -15,10 +16,9 @@ struct Plan {
   Shape s;
   int64_t tiles;
   bool* bad;               // [B, K, Sp]: valid, but holds a NaN or Inf
-  int32_t* counts;         // [B, K, S64, 2]: keys and values that the tile's sums are of
-  float *k_sums, *v_sums;  // [B, K, S64, Hp]: over the tile
-  float *v_max, *v_min;    // [B, K, S64, Hp]
-  float* v_amax;           // [B, K, Hp]: largest |v - v_mean|
+  float* v_max;   // [B, K, S64, Hp]: the largest |v|, of e4m3 |v - v_mean|
+  float* v_amax;  // [B, K, Hp]: what the channel's scale is for
+  bool channel_scales;
 
   int64_t valid_keys(int64_t b) const {
     int64_t keys = p.bounds[3 * b + 1];
@@ -42,10 +42,13 @@ struct TileAt {
   }
 };
 
-// Whether a key counts towards the mean that K loses: of many, sixteen of each 128 do (docs/abi.md, section 1).
-bool in_sample(int64_t key, int64_t keys) {
-  int64_t chunk = key / 128;
-  return keys < 1024 || key % 128 / 16 == (chunk + chunk / 8) % 8;
+constexpr int64_t kSample = 128;   // tokens that stand for a sequence
+constexpr float kHeadroom = 4;     // of channel scales over the sample
+constexpr float kLeastLimit = 0x1p-100f;
+
+// Token i of the sample: all tokens of few; of many one of each 128th part, at another place of each.
+int64_t sample_token(int64_t i, int64_t valid) {
+  return valid <= kSample ? i : (kSample * i + 79 * i % kSample) * valid / (kSample * kSample);
 }
 
 // Loads the tile's rows, zeros for keys that take no part.
@@ -62,98 +65,107 @@ void load_tile(float* to, const Plan& plan, const TileAt& at, Array from) {
   }
 }
 
-// Which keys and values of a tile its sums are of.
-struct Counted {
-  bool keys[kTile], values[kTile];
-};
-
-// Loads the tile's rows, zeros for those that its sums are not of.
-void find_bad(const Plan& plan, const TileAt& at, float* k, float* v, Counted& counted, int32_t* counts) {
-  bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
-  const auto load = [&](float* row, Array from, int64_t j) {
-    load_row(row, from, plan.row_offset(at.b, at.first + j, at.k), plan.s.H, plan.s.Hp);
-    return all_finite(row, plan.s.Hp);
-  };
-  counts[0] = counts[1] = 0;
-  for (int64_t j = 0; j < kTile; ++j) {
-    float *key = k + j * plan.s.Hp, *value = v + j * plan.s.Hp;
-    bool valid = j < at.valid, good_key = valid && load(key, plan.p.k, j), good_value = valid && load(value, plan.p.v, j);
-    bad[j] = valid && !(good_key && good_value);
-    counts[0] += counted.keys[j] = good_key && in_sample(at.first + j, plan.s.S);
-    counts[1] += counted.values[j] = good_value;
-    if (!counted.keys[j]) __builtin_memset(key, 0, plan.s.Hp * sizeof(float));
-    if (!good_value) __builtin_memset(value, 0, plan.s.Hp * sizeof(float));
+// The rows of the sample [kSample, Hp], zeros for tokens that do not count, and how many do. `counts` says which.
+int64_t load_sample(float* rows, bool* counts, const Plan& plan, int64_t head, Array from) {
+  int64_t b = head / plan.s.K, valid = plan.valid_keys(b), Hp = plan.s.Hp, total = 0;
+  for (int64_t i = 0; i < kSample; ++i) {
+    float* row = rows + i * Hp;
+    counts[i] = i < valid;
+    if (counts[i]) {
+      load_row(row, from, plan.row_offset(b, sample_token(i, valid), head % plan.s.K), plan.s.H, Hp);
+      counts[i] = all_finite(row, Hp);
+    }
+    if (!counts[i]) __builtin_memset(row, 0, Hp * sizeof(float));
+    total += counts[i];
   }
+  return total;
 }
 
-void summarise_tile(const Plan& plan, int64_t item, float* k, float* v) {
-  TileAt at(plan, item);
-  int64_t Hp = plan.s.Hp;
-  Counted counted;
-  find_bad(plan, at, k, v, counted, plan.counts + 2 * item);
-  if (plan.p.smooth_k) {
-    halving_sum(k, kTile, Hp);
-    __builtin_memcpy(plan.k_sums + item * Hp, k, Hp * sizeof(float));
+// Rows i, i + 16, ... are added one after the other, and then the sixteen sums by halving; to the first row.
+void sum_sample(float* rows, int64_t Hp) {
+  for (int64_t i = 16 * Hp; i < kSample * Hp; i += kLanes) {
+    float* to = rows + i % (16 * Hp);
+    store(to, loadf(to) + loadf(rows + i));
   }
+  halving_sum(rows, 16, Hp);
+}
+
+void summarise_head(const Plan& plan, int64_t head, float* rows) {
+  const QuantizeKv& p = plan.p;
+  int64_t Hp = plan.s.Hp;
+  float *k_mean = p.k_mean + head * Hp, *v_mean = p.v_mean + head * Hp, *amax = plan.v_amax + head * Hp;
+  bool counts[kSample];
+  __builtin_memset(k_mean, 0, Hp * sizeof(float));
+  __builtin_memset(v_mean, 0, Hp * sizeof(float));
+  if (p.smooth_k) {
+    int64_t total = load_sample(rows, counts, plan, head, p.k);
+    sum_sample(rows, Hp);
+    store_mean(k_mean, rows, total, Hp);
+  }
+  if (!p.smooth_v && !plan.channel_scales) return;
+  int64_t total = load_sample(rows, counts, plan, head, p.v);
+  float *tops = rows + kSample * Hp, *bottoms = tops + Hp;
   for (int64_t h = 0; h < Hp; h += kLanes) {
     F top = splat(-kInfinity), bottom = splat(kInfinity);
-    for (int64_t j = 0; j < at.valid; ++j) {
-      if (!counted.values[j]) continue;
-      top = max(top, loadf(v + j * Hp + h));
-      bottom = min(bottom, loadf(v + j * Hp + h));
+    for (int64_t i = 0; i < kSample; ++i) {
+      if (!counts[i]) continue;
+      top = max(top, loadf(rows + i * Hp + h));
+      bottom = min(bottom, loadf(rows + i * Hp + h));
     }
-    store(plan.v_max + item * Hp + h, top);
-    store(plan.v_min + item * Hp + h, bottom);
+    store(tops + h, top);
+    store(bottoms + h, bottom);
+    store(amax + h, max(top, F{} - bottom));
   }
-  if (plan.p.smooth_v) {
-    halving_sum(v, kTile, Hp);
-    __builtin_memcpy(plan.v_sums + item * Hp, v, Hp * sizeof(float));
+  if (p.smooth_v) {
+    sum_sample(rows, Hp);
+    store_mean(v_mean, rows, total, Hp);
+    drop_small_means(v_mean, amax, Hp, kSmallSampleMean);
+  }
+  bool all = plan.valid_keys(head / plan.s.K) <= kSample;
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
+    // Rounding keeps order: this is the largest of the rounded |v - mean|.
+    F most = max(F{}, max(loadf(tops + h) - mean, mean - loadf(bottoms + h)));
+    if (!all) most = min(max(most * splat(kHeadroom), splat(kLeastLimit)), splat(__FLT_MAX__));
+    store(amax + h, most);
   }
 }
 
-// The mean of the tiles' sums (which are overwritten) over `count` tokens; 0 where `smooth` is not.
-void finish_mean(float* mean, bool smooth, float* sums, int64_t tiles, int64_t Hp, int32_t count) {
-  __builtin_memset(mean, 0, Hp * sizeof(float));
-  if (!smooth || !tiles) return;
-  add_tiles(sums, tiles, Hp);
-  store_mean(mean, sums, count, Hp);
+void find_bad(const Plan& plan, int64_t item, float* k, float* v) {
+  TileAt at(plan, item);
+  int64_t Hp = plan.s.Hp;
+  bool* bad = plan.bad + at.head * plan.s.Sp() + at.first;
+  const auto load = [&](float* row, Array from, int64_t j) {
+    load_row(row, from, plan.row_offset(at.b, at.first + j, at.k), plan.s.H, Hp);
+    return all_finite(row, Hp);
+  };
+  for (int64_t j = 0; j < kTile; ++j) {
+    bad[j] = j < at.valid && !(load(k, plan.p.k, j) & load(v + j * Hp, plan.p.v, j));
+  }
+  if (!plan.channel_scales) return;
+  for (int64_t h = 0; h < Hp; h += kLanes) {
+    F mean = plan.p.pv == Pv::e4m3 ? loadf(plan.p.v_mean + at.head * Hp + h) : F{}, top{};
+    for (int64_t j = 0; j < at.valid; ++j) {
+      if (!bad[j]) top = max(top, absolute(loadf(v + j * Hp + h) - mean));
+    }
+    store(plan.v_max + item * Hp + h, top);
+  }
 }
 
 void finish_head(const Plan& plan, int64_t head) {
   const QuantizeKv& p = plan.p;
-  int64_t Hp = plan.s.Hp, tiles = plan.tiles, first = head * tiles * Hp;
-  float* v_mean = p.v_mean + head * Hp;
-  int32_t keys = 0, values = 0;
-  for (int64_t item = head * tiles; item < (head + 1) * tiles; ++item) {
-    keys += plan.counts[2 * item];
-    values += plan.counts[2 * item + 1];
-  }
-  finish_mean(p.k_mean + head * Hp, p.smooth_k, plan.k_sums + first, tiles, Hp, keys);
-  finish_mean(v_mean, p.smooth_v, plan.v_sums + first, tiles, Hp, values);
-  float* amax = plan.v_amax + head * Hp;
-  const auto extremes = [&](int64_t h, auto use) {
-    F top = splat(-kInfinity), bottom = splat(kInfinity);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      top = max(top, loadf(plan.v_max + first + tile * Hp + h));
-      bottom = min(bottom, loadf(plan.v_min + first + tile * Hp + h));
+  int64_t Hp = plan.s.Hp;
+  float *amax = plan.v_amax + head * Hp, *scale = p.v_scale + head * Hp;
+  if (plan.channel_scales && plan.valid_keys(head / plan.s.K) > kSample) {
+    for (int64_t item = head * plan.tiles; item < (head + 1) * plan.tiles; ++item) {
+      const float* most = plan.v_max + item * Hp;
+      for (int64_t h = 0; h < Hp; h += kLanes) store(amax + h, max(loadf(amax + h), loadf(most + h)));
     }
-    use(top, bottom);
-  };
-  for (int64_t h = 0; h < Hp; h += kLanes) {
-    extremes(h, [&](F top, F bottom) { store(amax + h, max(top, F{} - bottom)); });
-  }
-  drop_small_means(v_mean, amax, Hp);
-  if (p.pv == Pv::int8) return;
-  for (int64_t h = 0; h < Hp; h += kLanes) {
-    F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
-    // Rounding keeps order: this is the largest of the rounded |v - mean|.
-    extremes(h, [&](F top, F bottom) { store(amax + h, max(F{}, max(top - mean, mean - bottom))); });
   }
   for (int64_t h = 0; h < Hp; ++h) {
-    float top = plan.v_amax[head * Hp + h], scale = 1;
-    if (p.pv == Pv::e4m3) scale = Group(top, p.v_range).scale;
-    if (p.pv == Pv::f16) scale = top < kTiny ? 0 : power_of_two(exponent_of(top));
-    p.v_scale[head * Hp + h] = scale;
+    scale[h] = 1;
+    if (p.pv == Pv::e4m3) scale[h] = Group(amax[h], p.v_range).scale;
+    if (p.pv == Pv::f16) scale[h] = amax[h] < kTiny ? 0 : power_of_two(exponent_of(amax[h]));
   }
 }
 
@@ -300,24 +312,27 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
   const Shape& s = p.shape;
   int64_t heads = s.B * s.K, items = heads * s.S64();
   Scratch shared;
+  bool channel_scales = p.pv == Pv::e4m3 || p.pv == Pv::f16;
   Plan plan = {p,
                s,
                s.S64(),
                shared.take<bool>(heads * s.Sp()),
-               shared.take<int32_t>(2 * items),
-               shared.take<float>(p.smooth_k ? items * s.Hp : 0),
-               shared.take<float>(p.smooth_v ? items * s.Hp : 0),
-               shared.take<float>(items * s.Hp),
-               shared.take<float>(items * s.Hp),
-               shared.take<float>(heads * s.Hp)};
+               shared.take<float>(channel_scales ? items * s.Hp : 0),
+               shared.take<float>(heads * s.Hp),
+               channel_scales};
+  on_workers(pool, heads, [&](Items& work) {
+    Scratch scratch;
+    auto* rows = scratch.take<float>((kSample + 2) * s.Hp);
+    for (int64_t head; work.take(&head);) summarise_head(plan, head, rows);
+  });
   on_workers(pool, items, [&](Items& work) {
     Scratch scratch;
-    auto *k = scratch.take<float>(kTile * s.Hp), *v = scratch.take<float>(kTile * s.Hp);
-    for (int64_t item; work.take(&item);) summarise_tile(plan, item, k, v);
+    auto *k = scratch.take<float>(s.Hp), *v = scratch.take<float>(kTile * s.Hp);
+    for (int64_t item; work.take(&item);) find_bad(plan, item, k, v);
   });
-  on_workers(pool, heads, [&](Items& work) {
-    for (int64_t head; work.take(&head);) finish_head(plan, head);
-  });
+  if (p.pv != Pv::int8) {
+    for (int64_t head = 0; head < heads; ++head) finish_head(plan, head);
+  }
   on_workers(pool, items, [&](Items& work) {
     Scratch memory;
     TileScratch scratch = {memory.take<float>(kTile * s.Hp), memory.take<float>(kTile * s.Hp),

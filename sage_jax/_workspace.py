@@ -2,7 +2,7 @@
 
 A CUDA handler may not allocate (its calls are captured in CUDA graphs), so scratch memory is one more result, `workspace`
 u8 [bytes], after the documented ones; XLA plans its memory. The launchers in `cuda/` carve the same buffer into the same
-rows, each starting at a multiple of 256 bytes: change both together (`tests/test_cuda_sim_*.py` compare them).
+rows; each is rounded up to 256 bytes here, though not all of them begin at a multiple there: change both together (`tests/test_cuda_sim_*.py` compare them).
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, Hp padded head dimension; Tp, Sp: T and S
 rounded up to multiples of 64.
@@ -24,24 +24,19 @@ def _total(rows) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def strands(B: int, S: int, K: int, Hp: int) -> int:
-    """Blocks that share the tiles of a key head, a power of two. The rule is that of `cuda/quantize/strands.cuh`."""
-    count = 1
-    while count < 16 and 2 * count <= tiles(S) and B * K * 2 * count * Hp <= 256 * 128:
-        count *= 2
-    return count
+def blocks_of_plane(B: int, S: int, K: int, Hp: int) -> int:
+    """Blocks that share the tiles of a key head. The rule is that of `cuda/quantize/quantize_kv.cu`."""
+    return max(1, min(tiles(S), 256 * 128 // max(B * K * Hp, 1)))
 
 
 def quantize_kv_rows(B: int, S: int, K: int, Hp: int):
-    """Rows of the workspace of `sage_jax_quantize_kv`: partial reductions over strands of tiles."""
-    G = strands(B, S, K, Hp)
+    """Rows of the workspace of `sage_jax_quantize_kv`: what each block has seen."""
+    G = blocks_of_plane(B, S, K, Hp)
     return (
-        ("key_sums", "f32", (B, K, G, Hp)),  # token sums of K per strand
-        ("value_sums", "f32", (B, K, G, Hp)),  # the same of V
-        ("value_max", "f32", (B, K, G, Hp)),  # channel maxima of V per strand
-        ("value_min", "f32", (B, K, G, Hp)),
-        ("keys", "s32", (B, K, G)),  # tokens counted per strand for the mean of K
-        ("values", "s32", (B, K, G)),  # and of V
+        ("value_max", "f32", (B, K, G, Hp)),  # largest values, where `exceeded`
+        ("key_max", "f32", (B, K, G, Hp)),
+        ("norm", "f32", (B, K, G)),
+        ("exceeded", "s32", (B, K, G)),  # whether a value may be larger than what its channel's scale is for
     )
 
 

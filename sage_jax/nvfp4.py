@@ -10,6 +10,7 @@ Sp = S padded to a multiple of 64, T128 = ceil(T/128).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -92,7 +93,7 @@ def quantize_kv(k, v, bounds, *, fmt, four_or_six, smooth_k, smooth_v) -> FP4Key
     finite = jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     used = valid & finite
     k, k_mean = _smoothed(k, used, smooth_k)
-    v, v_mean = _smoothed(v, used, smooth_v, qz.without_small)
+    v, v_mean = _smoothed(v, used, smooth_v, functools.partial(qz.without_small, times=256.0))
     k, k_tensor = _tensor_scaled(k)
     v, v_tensor = _tensor_scaled(v)
     turned = jnp.swapaxes(qz.pad_axis(v, 2, TILE), -1, -2)

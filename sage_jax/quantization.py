@@ -15,7 +15,10 @@ from jax import lax
 
 from sage_jax.masking import TILE
 
-SMALL_MEAN = np.float32(256.0)  # see without_small
+SMALL_MEAN = 8.0  # of a sample, as `without_small` takes it
+SAMPLE = 128  # tokens that stand for a sequence
+HEADROOM = np.float32(4.0)  # of channel scales of V over the sample
+LEAST_LIMIT = np.float32(2.0**-100)  # of these, where the sample is zero
 TINY = np.float32(2.0**-110)  # groups whose largest magnitude is below this are zero
 PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], np.int32)
 PI_INVERSE = np.argsort(PI).astype(np.int32)  # int32 with and without jax_enable_x64
@@ -124,25 +127,61 @@ def token_mean(x: jax.Array, count: jax.Array) -> jax.Array:
     return lax.reduce_precision(mean, 8, 7)
 
 
-def key_sample(tokens: int) -> np.ndarray:
-    """bool [S]: which keys count towards the mean that K loses (`docs/abi.md`, section 1).
+def sample_tokens(valid: jax.Array) -> jax.Array:
+    """int32 [B, 128]: the tokens that stand for the first `valid` [B] of a sequence (`docs/abi.md`, section 1).
 
-    Any vector may be subtracted from all keys, and only its distance from their middle matters, to their scales: of 1024
-    tokens or more sixteen of each 128 stand for all, which saves most of a reading of K.
+    All of at most 128, and then tokens that do not exist; of more one of each 128th part, at another place of each.
     """
-    token = np.arange(tokens)
-    chunk = token // 128
-    return (tokens < 1024) | (token % 128 // 16 == (chunk + chunk // 8) % 8)
+    i = np.arange(SAMPLE, dtype=np.int32)[None]
+    place, square = SAMPLE * i + 79 * i % SAMPLE, SAMPLE**2
+    whole, rest = valid[:, None] // square, valid[:, None] % square
+    return jnp.where(valid[:, None] <= SAMPLE, i, place * whole + place * rest // square)
 
 
-def without_small(mean: jax.Array, v: jax.Array) -> jax.Array:
-    """`mean` [..., H] of V [..., S, H], 0 in channels where it is below 1/256 of the largest |v|.
+def take_sample(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sample of float32 [B, K, S, H]: [B, K, 128, H], zeros for tokens that do not count, and bool [B, K, 128]: which
+    do, because they exist and are finite."""
+    if x.shape[2] == 0:
+        return jnp.zeros_like(x, shape=(*x.shape[:2], SAMPLE, x.shape[3])), jnp.zeros((*x.shape[:2], SAMPLE), bool)
+    tokens = sample_tokens(valid)
+    rows = jnp.take_along_axis(x, jnp.minimum(tokens, x.shape[2] - 1)[:, None, :, None], axis=2)
+    counts = (tokens < valid[:, None])[:, None] & jnp.all(jnp.isfinite(rows), axis=-1)
+    return jnp.where(counts[..., None], rows, 0.0), counts
+
+
+def sample_mean(rows: jax.Array, counts: jax.Array) -> jax.Array:
+    """Mean of `take_sample`'s rows, rounded to bf16 values: float32 [B, K, H].
+
+    Rows i, i + 16, ... are added one after the other, and then the sixteen sums by halving.
+    """
+    parts = rows.reshape(*rows.shape[:2], SAMPLE // 16, 16, rows.shape[3])
+    total = parts[:, :, 0]
+    for i in range(1, parts.shape[2]):
+        total = total + parts[:, :, i]
+    count = jnp.maximum(jnp.sum(counts, axis=-1, dtype=jnp.int32), 1)
+    reciprocal = np.float32(1.0) / count.astype(jnp.float32)
+    return lax.reduce_precision(halving_sum(total) * reciprocal[..., None], 8, 7)
+
+
+def scaled_for(x: jax.Array, sample: jax.Array, valid: jax.Array) -> jax.Array:
+    """What the scale of each channel of V is for, [B, K, H]: four times the largest |sample|, or the largest |x| where that
+    is larger; the largest |sample| where that is of all tokens. x, sample: [B, K, tokens, H], zeros where none counts."""
+    largest = lambda y: jnp.max(jnp.abs(y), axis=2, initial=0.0)  # noqa: E731
+    limit = jnp.clip(HEADROOM * largest(sample), LEAST_LIMIT, np.finfo(np.float32).max)
+    few = (valid <= SAMPLE)[:, None, None]
+    return jnp.where(few, largest(sample), jnp.maximum(limit, largest(x)))
+
+
+def without_small(mean: jax.Array, v: jax.Array, times: float) -> jax.Array:
+    """`mean` [..., H] of V [..., S, H], 0 in channels where `times` · |mean| is below the largest |v|.
 
     A mean below the spacing of 16-bit values moves few of their 8-bit codes: it would stay in the codes, and be added
-    to the output once more. Over 65536 tokens of normal data that made half of the error of O.
+    to the output once more; over 65536 tokens of normal data that made half of the error of O. And the mean of a sample is
+    off by a tenth of what values spread, which is more than O where it is a mean of many values around zero: what is
+    subtracted should be more than that.
     """
     largest = jnp.max(jnp.abs(v), axis=-2, initial=0.0)
-    return jnp.where(SMALL_MEAN * jnp.abs(mean) < largest, 0.0, mean)
+    return jnp.where(np.float32(times) * jnp.abs(mean) < largest, 0.0, mean)
 
 
 def transpose_tokens(x: jax.Array) -> jax.Array:

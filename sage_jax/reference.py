@@ -69,32 +69,26 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     Args:
       k, v: [B, S, K, H], bf16, f16 or f32.
       bounds: int32 [B, 3].
-      pv: "e4m3" | "f16" | "bf16" | "int8"; v_range: largest |code| of an e4m3 V; smooth_k: subtract K's token mean, in
-        long sequences that of a sample (`quantization.key_sample`).
+      pv: "e4m3" | "f16" | "bf16" | "int8"; v_range: largest |code| of an e4m3 V; smooth_k: subtract K's token mean.
       smooth_v: subtract V's token mean (SageAttention2, arXiv 2411.10958) from an e4m3 `v_pv` and from `v_dp`, in channels
-        where it is at least 1/256 of the largest |v|.
+        where it is at least 1/8 of the largest |v|. Both means are those of a sample (`quantization.sample_tokens`).
       dp: None | "int8" | "bf16": the format in which V is kept for dO·Vᵀ.
     """
     tokens = k.shape[1]
     k, v = _heads_first(k), _heads_first(v)
-    valid = (jnp.arange(tokens)[None] < bounds[:, 1, None])[:, None, :]
-    finite_k, finite_v = (jnp.all(jnp.isfinite(x), axis=-1) for x in (k, v))
-    bad = valid & ~(finite_k & finite_v)
-
-    def statistics(x, counts, smooth):
-        x = jnp.where(counts[..., None], x, 0.0)
-        count = jnp.maximum(jnp.sum(counts, axis=-1, dtype=jnp.int32), 1)
-        return x, qz.token_mean(x, count) if smooth else jnp.zeros_like(x[..., 0, :])
-
-    _, k_mean = statistics(k, valid & finite_k & qz.key_sample(tokens)[None, None], smooth_k)
-    v_counted, v_mean = statistics(v, valid & finite_v, smooth_v)
-    v_mean = qz.without_small(v_mean, v_counted)
-    if pv == "e4m3":
-        v_counted = jnp.where((valid & finite_v)[..., None], v_counted - v_mean[..., None, :], 0.0)
-    v_amax = jnp.max(jnp.abs(v_counted), axis=2, initial=0.0)
-
+    count = jnp.clip(bounds[:, 1], 0, tokens)
+    valid = (jnp.arange(tokens)[None] < count[:, None])[:, None, :]
+    bad = valid & ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     used = (valid & ~bad)[..., None]
+
+    (k_rows, k_counts), (v_rows, v_counts) = qz.take_sample(k, count), qz.take_sample(v, count)
+    zero = jnp.zeros_like(k_rows[:, :, 0])
+    k_mean = qz.sample_mean(k_rows, k_counts) if smooth_k else zero
+    v_mean = qz.sample_mean(v_rows, v_counts) if smooth_v else zero
+    v_mean = qz.without_small(v_mean, v_rows, qz.SMALL_MEAN)
+
     k, v = jnp.where(used, k, 0.0), jnp.where(used, v, 0.0)
+    deviations = jnp.where(used, v - v_mean[..., None, :], 0.0)
     smoothed = jnp.where(used, k - k_mean[..., None, :], 0.0)
     k_scale, inverse = qz.scale_and_inverse(qz.group_amax(smoothed, 2, TILE), 127.0)
     k8 = qz.int8_codes(smoothed, qz.expand_tiles(inverse, tokens)[..., None])
@@ -103,8 +97,10 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     negated = jnp.where(k_scale == 0, qz.BAD_ZERO_SCALE, -k_scale)
     k_scale = jnp.where(bad_tile, negated, k_scale)
 
-    deviations = jnp.where(used, v - v_mean[..., None, :], 0.0)
-    v_pv, v_scale = _values_for_pv(deviations if pv == "e4m3" else v, v_amax, pv, v_range)
+    for_pv = deviations if pv == "e4m3" else v
+    if pv == "e4m3":
+        v_rows = jnp.where(v_counts[..., None], v_rows - v_mean[..., None, :], 0.0)
+    v_pv, v_scale = _values_for_pv(for_pv, qz.scaled_for(for_pv, v_rows, count), pv, v_range)
     v_dp, v_dp_scale = _values_for_dp(deviations, dp)
     absent = jnp.zeros((0,), F32)
     kv = QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale, absent, absent)

@@ -92,6 +92,18 @@ def bad_keys_and_bad_values(tokens: int):
     return jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
 
 
+def values_beyond_the_sample(tokens: int):
+    """float32 k, v [1, tokens, 3, 64] with values in V that the tokens which stand for all have not met: head 0 has outliers in
+    three tokens and half of its channels, head 1 is zero but for the first tokens, head 2 has channels of no or huge values.
+    """
+    rng = np.random.default_rng(tokens)
+    k, v = (rng.standard_normal((1, tokens, 3, 64)) + rng.standard_normal((3, 64)) for _ in range(2))
+    v[0, [2, tokens // 2 + 1, tokens - 2], 0, ::2] *= np.array([[30], [100], [-60]])
+    v[0, 5:, 1] = 0
+    v[..., 2, :8], v[..., 2, 8:16] = 0, v[..., 2, 8:16] * 2.0**100
+    return jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
+
+
 def make_masks(case: Case, rng) -> Masks:
     B, T, S, N = case.B, case.T, case.S, case.N
     q_len, kv_len = np.full(B, T), np.full(B, S)

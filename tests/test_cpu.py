@@ -326,6 +326,15 @@ def test_bad_keys_and_bad_values_count_on_their_own(tokens):
     assert_same_keys_and_values(quantize_kv(k, v, bounds, **options), reference.quantize_kv(k, v, bounds, **options))
 
 
+@pytest.mark.parametrize("tokens", (129, 700))
+@pytest.mark.parametrize("pv", ("e4m3", "f16"))
+def test_values_beyond_the_sample(tokens, pv):
+    k, v = cases.values_beyond_the_sample(tokens)
+    bounds = masking.no_masks(1, tokens, tokens).bounds
+    options = dict(pv=pv, v_range=3.5, smooth_k=True, smooth_v=pv == "e4m3", dp="int8")
+    assert_same_keys_and_values(quantize_kv(k, v, bounds, **options), reference.quantize_kv(k, v, bounds, **options))
+
+
 def test_rows_with_a_value_that_bf16_makes_infinite_have_no_norm():
     k, v = (jnp.asarray(np.random.default_rng(seed).standard_normal((1, 80, 1, 64)), F32) for seed in (1, 2))
     v = v.at[0, 7, 0, 3].set(np.finfo(np.float32).max)

@@ -7,7 +7,6 @@
 namespace sage {
 
 inline constexpr int kPerThread = kTileKeys / 16;  // tokens a thread holds
-inline constexpr float kSmallMean = 256.0f;  // a mean of V below 1/256 of its largest value is not subtracted
 
 // The (batch, key head) whose tokens a block reads, and its share of them. Heads come first: blocks at work at the same
 // time read whole rows of memory.

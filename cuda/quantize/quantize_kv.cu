@@ -1,9 +1,9 @@
 // Keys and values to 8 bits (docs/abi.md, section 1), bit for bit as the specification.
 //
-// Two launches: statistics over the sequence (means of K and V, largest |V - mean| per channel; strands.cuh), and the
-// codes, with what the backward pass has to know of all of them. Where nothing runs over the sequence (no smoothing, V in
-// bf16 or INT8; no keys), the first only clears the maxima, if there are any. The blocks of both stay, and read the next
-// tile while they work on one.
+// The tiles of a (batch, key head) are shared out among blocks. Each finds the means of K and V and the scales of V from a
+// sample of the tokens (sample.cuh), and writes codes; blocks stay, and read the next tile while they work on one. A second
+// launch puts together what the backward pass has to know of all tokens. Where a value was too large for the scale that the
+// sample gave, which is rare, it writes that head's codes once more.
 //
 // Requirements: sums keep the order of docs/abi.md, and no operation is contracted or approximated
 // (no --use_fast_math).
@@ -11,7 +11,8 @@
 
 #include "common/launch.h"
 #include "numerics/e4m3.h"
-#include "quantize/strands.cuh"
+#include "ptx/grid_dependency.cuh"
+#include "quantize/sample.cuh"
 
 namespace sage {
 namespace {
@@ -19,13 +20,35 @@ namespace {
 constexpr float kBadZeroScale = -0x1p-126f;
 constexpr uint32_t kBadCodeByte = 0x80;  // -128, in the first byte of a bad key's codes
 
-__host__ __device__ inline bool has_channel_scales(PvFormat pv) {
-  return pv == PvFormat::kE4m3 || pv == PvFormat::kF16;
+constexpr int kBlockChannels = 256 * 128;  // of all blocks: two blocks on each of 128 multiprocessors
+
+// Blocks that share the tiles of a (batch, key head): j of G takes tiles j, j + G, j + 2G, ... G depends on the shape alone,
+// because it sizes the workspace.
+__host__ __device__ inline int blocks_of_plane(const AttentionShape& s) {
+  const int tiles = (s.keys + kTileKeys - 1) / kTileKeys;
+  const int64_t channels = static_cast<int64_t>(s.batch) * s.kv_heads * s.padded_dim;
+  return max(1, static_cast<int>(min(static_cast<int64_t>(tiles), kBlockChannels / max(channels, int64_t{1}))));
 }
 
-__host__ __device__ inline bool runs_over_sequence(const QuantizeKvParams& p) {
-  return p.smooth_k || p.smooth_v || has_channel_scales(p.pv);
-}
+// What the blocks of the first launch hand on.
+struct Partial {
+  float* value_max;  // [B, K, G, Hp] the largest |V|, in e4m3 |V - mean|, where `exceeded`
+  float* key_max;    // [B, K, G, Hp] with dp: the largest |K̂|
+  float* norm;       // [B, K, G] with dp: the largest norm of a row of v_dp
+  int* exceeded;     // [B, K, G] whether a value may be larger than what its channel's scale is for
+
+  __host__ __device__ Partial(const AttentionShape& s, void* workspace) {
+    const int64_t rows = static_cast<int64_t>(s.batch) * s.kv_heads * blocks_of_plane(s);
+    value_max = static_cast<float*>(workspace);
+    key_max = value_max + rows * s.padded_dim;
+    norm = key_max + rows * s.padded_dim;
+    exceeded = reinterpret_cast<int*>(norm + rows);
+  }
+  static size_t bytes(const AttentionShape& s) {
+    const size_t rows = static_cast<size_t>(s.batch) * s.kv_heads * blocks_of_plane(s);
+    return rows * (2 * sizeof(float) * s.padded_dim + sizeof(float) + sizeof(int));
+  }
+};
 
 // ----------------------------------------------------------------------------------------------
 // codes
@@ -137,6 +160,17 @@ struct Scratch {
   float keys[2][kThreads / kWarpSize], values[kThreads / kWarpSize], values_dp[kThreads / kWarpSize];
 };
 
+// Marks values that may be larger than what their channels' scales are for: codes as large as that of `range`, which is
+// rounded down here. The sum's highest bits say so.
+struct ExceededCodes {
+  uint32_t add, seen = 0;
+
+  explicit __device__ __forceinline__ ExceededCodes(float range) : add((0x80u - e4m3_code(range * 0.999f)) * 0x01010101u) {}
+  __device__ __forceinline__ void mark() { seen |= 0x80u; }
+  __device__ __forceinline__ void look(uint32_t codes) { seen |= (codes & 0x7f7f7f7fu) + add; }
+  __device__ __forceinline__ bool any() const { return (seen & 0x80808080u) != 0; }
+};
+
 // A tile of 64 tokens; reads tile `next`, if there is one, into x as its registers become free. `turn` alternates.
 template <int kHeadDim, class Piece>
 __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const PlaneIndex& at, int tile_index, int next,
@@ -144,7 +178,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
                                            const ChannelConstants<kHeadDim>& constants,
                                            TransposedTile<kHeadDim>& transposed,
                                            Scratch<2 * kHeadDim>& scratch, int turn,
-                                           LargestKeys<2 * kHeadDim>& seen) {
+                                           LargestKeys<2 * kHeadDim>& seen, ExceededCodes& exceeded) {
   using Rows = RowBlock<kHeadDim>;
   // Lest addresses wait in registers for the next tile.
   const int thread = ptx::opaque_thread(), row = Rows::row(thread), channel = Rows::channel(thread);
@@ -205,7 +239,11 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
     write_tokens(static_cast<uint16_t*>(p.v_pv), [&](int i) {
       float scaled[kChannels];
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) scaled[c] = y[i][c] * inverse[c];
+      for (int c = 0; c < kChannels; ++c) {
+        scaled[c] = y[i][c] * inverse[c];
+        // The scale's largest value is between 1 and 2 of its units.
+        if (p.pv == PvFormat::kF16 && fabsf(scaled[c]) >= 1.0f) exceeded.mark();
+      }
       return halves(scaled, p.pv == PvFormat::kBf16);
     });
   } else if (p.pv == PvFormat::kInt8) {
@@ -247,9 +285,10 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
     load_floats(inverse, constants.inverse + ptx::opaque(channel));
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      transposed.word(channel + c, row) =
-          ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
-                              __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
+      const uint32_t codes = ptx::cvt_e4m3x4_f32(__fmul_rn(y[0][c], inverse[c]), __fmul_rn(y[1][c], inverse[c]),
+                                                 __fmul_rn(y[2][c], inverse[c]), __fmul_rn(y[3][c], inverse[c]));
+      exceeded.look(codes);
+      transposed.word(channel + c, row) = codes;
     }
   }
   if (p.pv != PvFormat::kE4m3 && p.pv != PvFormat::kInt8) return;
@@ -260,23 +299,70 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
       padded_keys, thread);
 }
 
-// A block writes the tiles of a strand, the last that strand_statistics has read first: they may still lie in the L2
-// cache.
+template <int kHeadDim>
+struct CodesShared {
+  static constexpr int kThreads = RowBlock<kHeadDim>::kThreads;
+  struct Tiles {
+    TransposedTile<kHeadDim> transposed;
+    LargestKeys<kThreads> seen;
+  };
+  union {
+    SampleShared<kHeadDim> sample;  // before the first tile
+    Tiles tiles;
+  };
+  ChannelConstants<kHeadDim> constants;
+  Scratch<kThreads> scratch;
+  uint32_t channel_max[kHeadDim];
+};
+
+// Clears the block's maxima of its channels for another use.
+template <int kHeadDim>
+__device__ __forceinline__ void clear_maxima(uint32_t (&channel_max)[kHeadDim]) {
+  __syncthreads();
+  if (threadIdx.x < kHeadDim) channel_max[threadIdx.x] = 0;
+  __syncthreads();
+}
+
+// The largest values of a block's tokens, to `out`. Reads them again.
 template <int kHeadDim, class Piece>
-__global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(const QuantizeKvParams p) {
+__device__ __forceinline__ void store_value_maxima(const QuantizeKvParams& p, const PlaneIndex& at, int count,
+                                                   CodesShared<kHeadDim>& shared, float* out) {
   using Rows = RowBlock<kHeadDim>;
-  __shared__ TransposedTile<kHeadDim> transposed;
-  __shared__ ChannelConstants<kHeadDim> constants;
-  __shared__ Scratch<Rows::kThreads> scratch;
-  __shared__ uint32_t channel_max[kHeadDim];
-  __shared__ LargestKeys<Rows::kThreads> seen;
-  const int count = strands(p.shape);
-  const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
-  const StrandWalk walk(at, count);
+  float mean[kChannels], most[kChannels] = {};
+  load_floats(mean, shared.constants.value_mean + Rows::channel());
+#pragma unroll 1
+  for (int tile = at.share; tile < at.tiles; tile += count) {
+    const TokenPairs<Piece> x(Rows(), p, at, PiOrder(tile, Rows::row()));
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      float y[kChannels];
+      x.v[i].unpack(y);
+      if (p.pv == PvFormat::kE4m3) subtract(y, mean, x.used[i]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) most[c] = fmaxf(most[c], fabsf(y[c]));
+    }
+  }
+  clear_maxima(shared.channel_max);
+  gather_maxima(shared.channel_max, most);
+  if (threadIdx.x < kHeadDim) out[threadIdx.x] = bits_float(shared.channel_max[threadIdx.x]);
+}
+
+// Codes and scales of a block's tiles. kAgain: what exceeded its channel's scale in the first launch counts.
+template <int kHeadDim, class Piece, bool kAgain>
+__device__ __forceinline__ void write_tiles(const QuantizeKvParams& p, const PlaneIndex& at, int count,
+                                            CodesShared<kHeadDim>& shared) {
+  using Rows = RowBlock<kHeadDim>;
+  const Partial partial(p.shape, p.workspace);
   const int c = static_cast<int>(threadIdx.x) % kHeadDim;
   const bool of_values = threadIdx.x >= kHeadDim;
-  ChannelStatistics over;
-  if (runs_over_sequence(p)) over = ChannelStatistics(p, at.plane, c, of_values);
+  auto& constants = shared.constants;
+  ChannelStatistics over = sample_statistics<kHeadDim, Piece>(p, at, shared.sample);
+  if (kAgain && of_values) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = at.plane * count + i;
+      if (partial.exceeded[row]) over.largest = fmaxf(over.largest, partial.value_max[row * kHeadDim + c]);
+    }
+  }
   (of_values ? constants.value_mean : constants.key_mean)[c] = over.mean;
   if (at.share == 0) (of_values ? p.v_mean : p.k_mean)[at.plane * kHeadDim + c] = over.mean;
   if (of_values) {
@@ -284,60 +370,88 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(cons
     constants.inverse[c] = scale.inverse;
     if (at.share == 0 && p.pv != PvFormat::kInt8) p.v_scale[at.plane * kHeadDim + c] = scale.scale;
   }
-  // The walk backwards, over tiles that exist.
-  int visit = walk.count() - 1;
-  while (walk.tile(visit) >= at.tiles) --visit;
+  clear_maxima(shared.channel_max);  // after which the sample's memory is free
+  shared.tiles.seen.clear();
   TokenPairs<Piece> x;
-  if (Piece::kReadsAhead) x.load(p, at, PiOrder(walk.tile(visit), Rows::row()), Rows::channel());
-  if (threadIdx.x < kHeadDim) channel_max[threadIdx.x] = 0;
-  seen.clear();
-  __syncthreads();
+  if (Piece::kReadsAhead) x.load(p, at, PiOrder(at.share, Rows::row()), Rows::channel());
+  ExceededCodes exceeded(p.v_range);
 #pragma unroll 1
-  for (int turn = 0; visit >= 0; turn ^= 1) {
-    const int tile = walk.tile(visit);
-    do {
-      --visit;
-    } while (visit >= 0 && walk.tile(visit) >= at.tiles);
-    const int next = Piece::kReadsAhead && visit >= 0 ? walk.tile(visit) : at.tiles;
+  for (int tile = at.share, turn = 0; tile < at.tiles; tile += count, turn ^= 1) {
+    const int next = Piece::kReadsAhead ? tile + count : at.tiles;
     if (!Piece::kReadsAhead) x.load(p, at, PiOrder(tile, Rows::row()), Rows::channel());
     x.check(Rows(), at, PiOrder(tile, Rows::row()));
-    write_tile<kHeadDim>(p, at, tile, next, x, constants, transposed, scratch, turn, seen);
+    write_tile<kHeadDim>(p, at, tile, next, x, constants, shared.tiles.transposed, shared.scratch, turn, shared.tiles.seen,
+                         exceeded);
   }
-  if (p.dp == DpFormat::kNone) return;
-  // Since a tile's last use of `values` there has been a barrier.
-  const float norm = block_max<Rows::kThreads>(seen.norms[ptx::opaque_thread()], scratch.values);
-  if (threadIdx.x == 0) atomicMax(reinterpret_cast<uint32_t*>(p.v_norm + at.plane), float_bits(norm));
-  float most[kChannels];
-  seen.channel_maxima(most);
-  store_maxima<kHeadDim>(channel_max, most, p.k_max + at.plane * kHeadDim);
+  if (kAgain) return;
+  const int64_t row = at.plane * count + at.share;
+  if (p.dp != DpFormat::kNone) {
+    // Since a tile's last use of `values` there has been a barrier.
+    const float norm = block_max<Rows::kThreads>(shared.tiles.seen.norms[ptx::opaque_thread()], shared.scratch.values);
+    if (threadIdx.x == 0) partial.norm[row] = norm;
+    float most[kChannels];
+    shared.tiles.seen.channel_maxima(most);
+    gather_maxima(shared.channel_max, most);
+    if (threadIdx.x < kHeadDim) partial.key_max[row * kHeadDim + threadIdx.x] = bits_float(shared.channel_max[threadIdx.x]);
+  }
+  if (!has_channel_scales(p.pv) || at.valid <= kSampleTokens) return;
+  const bool any = __syncthreads_or(exceeded.any()) != 0;
+  if (threadIdx.x == 0) partial.exceeded[row] = any;
+  if (any) store_value_maxima<kHeadDim, Piece>(p, at, count, shared, partial.value_max + row * kHeadDim);
 }
 
-__global__ void __launch_bounds__(256) clear_all_largest(const QuantizeKvParams p) { clear_largest(p, blockIdx.x); }
+template <int kHeadDim, class Piece>
+__global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(const QuantizeKvParams p) {
+  __shared__ CodesShared<kHeadDim> shared;
+  const int count = blocks_of_plane(p.shape);
+  write_tiles<kHeadDim, Piece, false>(p, PlaneIndex(p, static_cast<int>(blockIdx.x), count), count, shared);
+}
+
+// What the backward pass has to know of all tokens; and codes once more, with a scale from the largest value, for a head in
+// which a value exceeded what the sample's scale is for.
+template <int kHeadDim, class Piece>
+__global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) finish_codes(const QuantizeKvParams p) {
+  __shared__ CodesShared<kHeadDim> shared;
+  ptx::griddepcontrol_wait();
+  const int count = blocks_of_plane(p.shape), thread = static_cast<int>(threadIdx.x);
+  const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);
+  const Partial partial(p.shape, p.workspace);
+  const int64_t first = at.plane * count;
+  if (p.dp != DpFormat::kNone && at.share == 0) {
+    float most = 0.0f, norm = 0.0f;
+    if (thread < kHeadDim) {
+#pragma unroll 4
+      for (int i = 0; i < count; ++i) {
+        most = fmaxf(most, partial.key_max[(first + i) * kHeadDim + thread]);
+        norm = fmaxf(norm, partial.norm[first + i]);
+      }
+      p.k_max[at.plane * kHeadDim + thread] = most;
+      if (thread == 0) p.v_norm[at.plane] = norm;
+    }
+  }
+  if (!has_channel_scales(p.pv) || at.valid <= kSampleTokens) return;
+  bool any = false;
+  for (int i = thread; i < count; i += 2 * kHeadDim) any |= partial.exceeded[first + i] != 0;
+  if (__syncthreads_or(any)) write_tiles<kHeadDim, Piece, true>(p, at, count, shared);
+}
 
 // --------------------------------------------------------------------------------------------
 // launches
 
 template <int kHeadDim, class Piece>
 const char* start(const QuantizeKvParams& p, Stream stream) {
-  const int64_t planes = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads, blocks = planes * strands(p.shape);
+  const int64_t planes = static_cast<int64_t>(p.shape.batch) * p.shape.kv_heads, blocks = planes * blocks_of_plane(p.shape);
   if (blocks > INT32_MAX) return "batch · key heads is too large; split the batch";
-  const dim3 grid(static_cast<unsigned>(p.shape.keys > 0 ? blocks : 0)), block(2 * kHeadDim);
-  if (tiles_of_keys(p.shape) > strands(p.shape) << kLevels) return "the key length is too large";
-  const char* error = nullptr;
-  if (runs_over_sequence(p) && p.shape.keys > 0) {
-    auto* const statistics = counted_keys(p.shape) == Keys::kAll ? strand_statistics<kHeadDim, Piece, Keys::kAll>
-                                                                 : strand_statistics<kHeadDim, Piece, Keys::kSample>;
-    error = launch(statistics, grid, block, sizeof(StrandShared<kHeadDim>), stream, p);
-  } else if (p.dp != DpFormat::kNone) {
-    error = launch(clear_all_largest, dim3(static_cast<unsigned>(planes)), kHeadDim, 0, stream, p);
-  }
-  if (error != nullptr) return error;
-  return launch(write_codes<kHeadDim, Piece>, grid, block, 0, stream, p);
+  const dim3 grid(static_cast<unsigned>(blocks)), block(2 * kHeadDim);
+  const char* error = launch(write_codes<kHeadDim, Piece>, grid, block, 0, stream, p);
+  const bool may_exceed = has_channel_scales(p.pv) && p.shape.keys > kSampleTokens;
+  if (error != nullptr || (p.dp == DpFormat::kNone && !may_exceed)) return error;
+  return launch(finish_codes<kHeadDim, Piece>, grid, block, 0, stream, p, Start::kEarly);
 }
 
 }  // namespace
 
-size_t quantize_kv_workspace_bytes(const AttentionShape& shape) { return Statistics::bytes(shape); }
+size_t quantize_kv_workspace_bytes(const AttentionShape& shape) { return Partial::bytes(shape); }
 
 const char* quantize_kv(const QuantizeKvParams& params, Stream stream) {
   return with_pieces(params.k_dtype, params.v_dtype, params.shape.head_dim, [&](auto piece) {

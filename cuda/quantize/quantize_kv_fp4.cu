@@ -9,6 +9,7 @@ namespace sage {
 namespace {
 
 constexpr int kRowsAtOnce = 16;  // tokens that a block holds in one row of registers
+constexpr float kSmallMean = 256.0f;  // a mean of V below 1/256 of its largest value is not subtracted
 constexpr int kReduceRows = 32;  // tiles that a reducing block combines at once
 
 // What the launches hand on to each other; tensor 0 is K, 1 is V.

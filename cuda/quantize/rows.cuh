@@ -286,19 +286,22 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
   return block_max<kThreads>(x, scratch, [] { __syncthreads(); });
 }
 
-// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, to memory. Magnitudes are
-// ordered as their bits are; `shared` holds zeros.
+// The larger of each thread's maxima of eight channels, over the block's 16 rows of threads, which meet here. Magnitudes are
+// ordered as their bits are; `shared` held zeros.
+template <int kHeadDim>
+__device__ __forceinline__ void gather_maxima(uint32_t (&shared)[kHeadDim], const float (&largest)[kChannels]) {
+  const int channel = RowBlock<kHeadDim>::channel(ptx::opaque_thread());
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) atomicMax(&shared[channel + c], float_bits(largest[c]));
+  __syncthreads();
+}
+
+// The same, and combines them with those in memory.
 template <int kHeadDim>
 __device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
                                              const float (&largest)[kChannels], float* out) {
-  using Rows = RowBlock<kHeadDim>;
-  const int thread = ptx::opaque_thread();
-#pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    atomicMax(&shared[Rows::channel(thread) + c], float_bits(largest[c]));
-  }
-  __syncthreads();
-  for (int c = thread; c < kHeadDim; c += Rows::kThreads) {
+  gather_maxima(shared, largest);
+  for (int c = ptx::opaque_thread(); c < kHeadDim; c += RowBlock<kHeadDim>::kThreads) {
     if (shared[c] != 0) atomicMax(reinterpret_cast<uint32_t*>(out + c), shared[c]);
   }
 }
