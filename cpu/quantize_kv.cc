@@ -42,13 +42,13 @@ struct TileAt {
   }
 };
 
-constexpr int64_t kSample = 128;   // tokens that stand for a sequence
-constexpr float kHeadroom = 4;     // of channel scales over the sample
+constexpr int64_t kSampledKeys = 128, kSampledValues = 256;  // tokens that stand for a sequence
+constexpr float kHeadroom = 3;  // of channel scales over the sample
 constexpr float kLeastLimit = 0x1p-100f;
 
-// Token i of the sample: all tokens of few; of many one of each 128th part, at another place of each.
-int64_t sample_token(int64_t i, int64_t valid) {
-  return valid <= kSample ? i : (kSample * i + 79 * i % kSample) * valid / (kSample * kSample);
+// Token i of a sample of `size`: all tokens of so few; of more one of each of `size` equal parts, at another place of each.
+int64_t sample_token(int64_t i, int64_t size, int64_t valid) {
+  return valid <= size ? i : (size * i + 79 * i % size) * valid / (size * size);
 }
 
 // Loads the tile's rows, zeros for keys that take no part.
@@ -65,14 +65,14 @@ void load_tile(float* to, const Plan& plan, const TileAt& at, Array from) {
   }
 }
 
-// The rows of the sample [kSample, Hp], zeros for tokens that do not count, and how many do. `counts` says which.
-int64_t load_sample(float* rows, bool* counts, const Plan& plan, int64_t head, Array from) {
+// The rows of a sample [size, Hp], zeros for tokens that do not count, and how many do. `counts` says which.
+int64_t load_sample(float* rows, bool* counts, int64_t size, const Plan& plan, int64_t head, Array from) {
   int64_t b = head / plan.s.K, valid = plan.valid_keys(b), Hp = plan.s.Hp, total = 0;
-  for (int64_t i = 0; i < kSample; ++i) {
+  for (int64_t i = 0; i < size; ++i) {
     float* row = rows + i * Hp;
     counts[i] = i < valid;
     if (counts[i]) {
-      load_row(row, from, plan.row_offset(b, sample_token(i, valid), head % plan.s.K), plan.s.H, Hp);
+      load_row(row, from, plan.row_offset(b, sample_token(i, size, valid), head % plan.s.K), plan.s.H, Hp);
       counts[i] = all_finite(row, Hp);
     }
     if (!counts[i]) __builtin_memset(row, 0, Hp * sizeof(float));
@@ -82,8 +82,8 @@ int64_t load_sample(float* rows, bool* counts, const Plan& plan, int64_t head, A
 }
 
 // Rows i, i + 16, ... are added one after the other, and then the sixteen sums by halving; to the first row.
-void sum_sample(float* rows, int64_t Hp) {
-  for (int64_t i = 16 * Hp; i < kSample * Hp; i += kLanes) {
+void sum_sample(float* rows, int64_t size, int64_t Hp) {
+  for (int64_t i = 16 * Hp; i < size * Hp; i += kLanes) {
     float* to = rows + i % (16 * Hp);
     store(to, loadf(to) + loadf(rows + i));
   }
@@ -94,20 +94,20 @@ void summarise_head(const Plan& plan, int64_t head, float* rows) {
   const QuantizeKv& p = plan.p;
   int64_t Hp = plan.s.Hp;
   float *k_mean = p.k_mean + head * Hp, *v_mean = p.v_mean + head * Hp, *amax = plan.v_amax + head * Hp;
-  bool counts[kSample];
+  bool counts[kSampledValues];
   __builtin_memset(k_mean, 0, Hp * sizeof(float));
   __builtin_memset(v_mean, 0, Hp * sizeof(float));
   if (p.smooth_k) {
-    int64_t total = load_sample(rows, counts, plan, head, p.k);
-    sum_sample(rows, Hp);
+    int64_t total = load_sample(rows, counts, kSampledKeys, plan, head, p.k);
+    sum_sample(rows, kSampledKeys, Hp);
     store_mean(k_mean, rows, total, Hp);
   }
   if (!p.smooth_v && !plan.channel_scales) return;
-  int64_t total = load_sample(rows, counts, plan, head, p.v);
-  float *tops = rows + kSample * Hp, *bottoms = tops + Hp;
+  int64_t total = load_sample(rows, counts, kSampledValues, plan, head, p.v);
+  float *tops = rows + kSampledValues * Hp, *bottoms = tops + Hp;
   for (int64_t h = 0; h < Hp; h += kLanes) {
     F top = splat(-kInfinity), bottom = splat(kInfinity);
-    for (int64_t i = 0; i < kSample; ++i) {
+    for (int64_t i = 0; i < kSampledValues; ++i) {
       if (!counts[i]) continue;
       top = max(top, loadf(rows + i * Hp + h));
       bottom = min(bottom, loadf(rows + i * Hp + h));
@@ -117,11 +117,11 @@ void summarise_head(const Plan& plan, int64_t head, float* rows) {
     store(amax + h, max(top, F{} - bottom));
   }
   if (p.smooth_v) {
-    sum_sample(rows, Hp);
+    sum_sample(rows, kSampledValues, Hp);
     store_mean(v_mean, rows, total, Hp);
     drop_small_means(v_mean, amax, Hp, kSmallSampleMean);
   }
-  bool all = plan.valid_keys(head / plan.s.K) <= kSample;
+  bool all = plan.valid_keys(head / plan.s.K) <= kSampledValues;
   for (int64_t h = 0; h < Hp; h += kLanes) {
     F mean = p.pv == Pv::e4m3 ? loadf(v_mean + h) : F{};
     // Rounding keeps order: this is the largest of the rounded |v - mean|.
@@ -156,7 +156,7 @@ void finish_head(const Plan& plan, int64_t head) {
   const QuantizeKv& p = plan.p;
   int64_t Hp = plan.s.Hp;
   float *amax = plan.v_amax + head * Hp, *scale = p.v_scale + head * Hp;
-  if (plan.channel_scales && plan.valid_keys(head / plan.s.K) > kSample) {
+  if (plan.channel_scales && plan.valid_keys(head / plan.s.K) > kSampledValues) {
     for (int64_t item = head * plan.tiles; item < (head + 1) * plan.tiles; ++item) {
       const float* most = plan.v_max + item * Hp;
       for (int64_t h = 0; h < Hp; h += kLanes) store(amax + h, max(loadf(amax + h), loadf(most + h)));
@@ -322,7 +322,7 @@ void quantize_kv(const QuantizeKv& p, Pool& pool) {
                channel_scales};
   on_workers(pool, heads, [&](Items& work) {
     Scratch scratch;
-    auto* rows = scratch.take<float>((kSample + 2) * s.Hp);
+    auto* rows = scratch.take<float>((kSampledValues + 2) * s.Hp);
     for (int64_t head; work.take(&head);) summarise_head(plan, head, rows);
   });
   on_workers(pool, items, [&](Items& work) {

@@ -16,8 +16,8 @@ from jax import lax
 from sage_jax.masking import TILE
 
 SMALL_MEAN = 8.0  # of a sample, as `without_small` takes it
-SAMPLE = 128  # tokens that stand for a sequence
-HEADROOM = np.float32(4.0)  # of channel scales of V over the sample
+SAMPLED_KEYS, SAMPLED_VALUES = 128, 256  # tokens that stand for a sequence
+HEADROOM = np.float32(3.0)  # of channel scales of V over the sample
 LEAST_LIMIT = np.float32(2.0**-100)  # of these, where the sample is zero
 TINY = np.float32(2.0**-110)  # groups whose largest magnitude is below this are zero
 PI = np.array([0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15], np.int32)
@@ -127,23 +127,25 @@ def token_mean(x: jax.Array, count: jax.Array) -> jax.Array:
     return lax.reduce_precision(mean, 8, 7)
 
 
-def sample_tokens(valid: jax.Array) -> jax.Array:
-    """int32 [B, 128]: the tokens that stand for the first `valid` [B] of a sequence (`docs/abi.md`, section 1).
+def sample_tokens(valid: jax.Array, size: int) -> jax.Array:
+    """int32 [B, size]: the tokens that stand for the first `valid` [B] of a sequence (`docs/abi.md`, section 1).
 
-    All of at most 128, and then tokens that do not exist; of more one of each 128th part, at another place of each.
+    All, where they are at most `size` (then tokens that do not exist); otherwise one of each of `size` equal parts of the
+    sequence, at another place of each.
     """
-    i = np.arange(SAMPLE, dtype=np.int32)[None]
-    place, square = SAMPLE * i + 79 * i % SAMPLE, SAMPLE**2
-    whole, rest = valid[:, None] // square, valid[:, None] % square
-    return jnp.where(valid[:, None] <= SAMPLE, i, place * whole + place * rest // square)
+    i = np.arange(size, dtype=np.uint32)[None]
+    place, square = np.uint32(size) * i + np.uint32(79) * i % np.uint32(size), np.uint32(size**2)
+    valid = valid[:, None].astype(jnp.uint32)
+    spread = place * (valid // square) + place * (valid % square) // square  # place · valid may pass 2^32
+    return jnp.where(valid <= size, i, spread).astype(jnp.int32)
 
 
-def take_sample(x: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sample of float32 [B, K, S, H]: [B, K, 128, H], zeros for tokens that do not count, and bool [B, K, 128]: which
-    do, because they exist and are finite."""
+def take_sample(x: jax.Array, valid: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """`size` tokens of float32 [B, K, S, H]: [B, K, size, H], zeros for tokens that do not count, and bool [B, K, size]:
+    which do, because they exist and are finite."""
     if x.shape[2] == 0:
-        return jnp.zeros_like(x, shape=(*x.shape[:2], SAMPLE, x.shape[3])), jnp.zeros((*x.shape[:2], SAMPLE), bool)
-    tokens = sample_tokens(valid)
+        return jnp.zeros_like(x, shape=(*x.shape[:2], size, x.shape[3])), jnp.zeros((*x.shape[:2], size), bool)
+    tokens = sample_tokens(valid, size)
     rows = jnp.take_along_axis(x, jnp.minimum(tokens, x.shape[2] - 1)[:, None, :, None], axis=2)
     counts = (tokens < valid[:, None])[:, None] & jnp.all(jnp.isfinite(rows), axis=-1)
     return jnp.where(counts[..., None], rows, 0.0), counts
@@ -154,7 +156,7 @@ def sample_mean(rows: jax.Array, counts: jax.Array) -> jax.Array:
 
     Rows i, i + 16, ... are added one after the other, and then the sixteen sums by halving.
     """
-    parts = rows.reshape(*rows.shape[:2], SAMPLE // 16, 16, rows.shape[3])
+    parts = rows.reshape(*rows.shape[:2], -1, 16, rows.shape[3])
     total = parts[:, :, 0]
     for i in range(1, parts.shape[2]):
         total = total + parts[:, :, i]
@@ -164,11 +166,11 @@ def sample_mean(rows: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def scaled_for(x: jax.Array, sample: jax.Array, valid: jax.Array) -> jax.Array:
-    """What the scale of each channel of V is for, [B, K, H]: four times the largest |sample|, or the largest |x| where that
+    """What the scale of each channel of V is for, [B, K, H]: three times the largest |sample|, or the largest |x| where that
     is larger; the largest |sample| where that is of all tokens. x, sample: [B, K, tokens, H], zeros where none counts."""
     largest = lambda y: jnp.max(jnp.abs(y), axis=2, initial=0.0)  # noqa: E731
     limit = jnp.clip(HEADROOM * largest(sample), LEAST_LIMIT, np.finfo(np.float32).max)
-    few = (valid <= SAMPLE)[:, None, None]
+    few = (valid <= SAMPLED_VALUES)[:, None, None]
     return jnp.where(few, largest(sample), jnp.maximum(limit, largest(x)))
 
 

@@ -81,7 +81,8 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     bad = valid & ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     used = (valid & ~bad)[..., None]
 
-    (k_rows, k_counts), (v_rows, v_counts) = qz.take_sample(k, count), qz.take_sample(v, count)
+    (k_rows, k_counts) = qz.take_sample(k, count, qz.SAMPLED_KEYS)
+    (v_rows, v_counts) = qz.take_sample(v, count, qz.SAMPLED_VALUES)
     zero = jnp.zeros_like(k_rows[:, :, 0])
     k_mean = qz.sample_mean(k_rows, k_counts) if smooth_k else zero
     v_mean = qz.sample_mean(v_rows, v_counts) if smooth_v else zero

@@ -394,7 +394,7 @@ __device__ __forceinline__ void write_tiles(const QuantizeKvParams& p, const Pla
     gather_maxima(shared.channel_max, most);
     if (threadIdx.x < kHeadDim) partial.key_max[row * kHeadDim + threadIdx.x] = bits_float(shared.channel_max[threadIdx.x]);
   }
-  if (!has_channel_scales(p.pv) || at.valid <= kSampleTokens) return;
+  if (!has_channel_scales(p.pv) || at.valid <= kSampledValues) return;
   const bool any = __syncthreads_or(exceeded.any()) != 0;
   if (threadIdx.x == 0) partial.exceeded[row] = any;
   if (any) store_value_maxima<kHeadDim, Piece>(p, at, count, shared, partial.value_max + row * kHeadDim);
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) finish_codes(con
       if (thread == 0) p.v_norm[at.plane] = norm;
     }
   }
-  if (!has_channel_scales(p.pv) || at.valid <= kSampleTokens) return;
+  if (!has_channel_scales(p.pv) || at.valid <= kSampledValues) return;
   bool any = false;
   for (int i = thread; i < count; i += 2 * kHeadDim) any |= partial.exceeded[first + i] != 0;
   if (__syncthreads_or(any)) write_tiles<kHeadDim, Piece, true>(p, at, count, shared);
@@ -444,7 +444,7 @@ const char* start(const QuantizeKvParams& p, Stream stream) {
   if (blocks > INT32_MAX) return "batch · key heads is too large; split the batch";
   const dim3 grid(static_cast<unsigned>(blocks)), block(2 * kHeadDim);
   const char* error = launch(write_codes<kHeadDim, Piece>, grid, block, 0, stream, p);
-  const bool may_exceed = has_channel_scales(p.pv) && p.shape.keys > kSampleTokens;
+  const bool may_exceed = has_channel_scales(p.pv) && p.shape.keys > kSampledValues;
   if (error != nullptr || (p.dp == DpFormat::kNone && !may_exceed)) return error;
   return launch(finish_codes<kHeadDim, Piece>, grid, block, 0, stream, p, Start::kEarly);
 }

@@ -8,16 +8,17 @@
 
 namespace sage {
 
-inline constexpr int kSampleTokens = 128;
+inline constexpr int kSampledKeys = 128, kSampledValues = 256;  // tokens that stand for a sequence
 inline constexpr float kSmallSampleMean = 8.0f;  // a mean of V below 1/8 of its largest value is not subtracted
-inline constexpr float kHeadroom = 4.0f;         // a channel's scale is for values so much larger than the sample's
+inline constexpr float kHeadroom = 3.0f;         // a channel's scale is for values so much larger than the sample's
 inline constexpr float kLeastLimit = 0x1p-100f;  // where the sample is zero
 
-// Token i of the sample: all tokens of few; of many one of each 128th part, at another place of each.
+// Token i of a sample of kSize: all tokens of so few; of more one of each of kSize equal parts, at another place of each.
+template <int kSize>
 __device__ __forceinline__ int sample_token(int i, int valid) {
-  if (valid <= kSampleTokens) return i;
-  const unsigned place = i * kSampleTokens + i * 79 % kSampleTokens;
-  return static_cast<int>(static_cast<uint64_t>(place) * valid / (kSampleTokens * kSampleTokens));
+  if (valid <= kSize) return i;
+  const unsigned place = i * kSize + i * 79 % kSize;
+  return static_cast<int>(static_cast<uint64_t>(place) * valid / (kSize * kSize));
 }
 
 // A channel of K or V.
@@ -54,11 +55,11 @@ __device__ __forceinline__ uint32_t finite_tokens(Piece (&x)[kCount], int count)
 }
 
 // What a thread adds up of K or V: eight channels of tokens row, row + 16, ... of the sample.
-template <int kHeadDim, class Piece>
+template <int kHeadDim, class Piece, int kSize>
 struct SampleRow {
   using Rows = RowBlock<kHeadDim>;
-  static constexpr int kTokens = kSampleTokens / Rows::kTokensAtOnce;
-  static constexpr int kAtOnce = Piece::kReadsAhead ? kTokens : 1;  // of these
+  static constexpr int kTokens = kSize / Rows::kTokensAtOnce;
+  static constexpr int kAtOnce = Piece::kReadsAhead ? 8 : 1;  // of these
   Piece x[kAtOnce];
   float sum[kChannels] = {};
   int used = 0;
@@ -72,7 +73,7 @@ struct SampleRow {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int number = row + (first + i) * Rows::kTokensAtOnce;
-      x[i].load(tensor, dtype, begin + static_cast<int64_t>(sample_token(number, at.valid)) * stride, Rows::channel(),
+      x[i].load(tensor, dtype, begin + static_cast<int64_t>(sample_token<kSize>(number, at.valid)) * stride, Rows::channel(),
                 shape.head_dim, number < at.valid);
     }
   }
@@ -102,7 +103,6 @@ template <int kHeadDim, class Piece>
 __device__ __forceinline__ ChannelStatistics sample_statistics(const QuantizeKvParams& p, const PlaneIndex& at,
                                                                SampleShared<kHeadDim>& shared) {
   using Rows = RowBlock<kHeadDim>;
-  using Row = SampleRow<kHeadDim, Piece>;
   constexpr int kRows = SampleShared<kHeadDim>::kRows;
   const bool of_values = p.smooth_v || has_channel_scales(p.pv);
   const int row = Rows::row(), channel = Rows::channel();
@@ -110,13 +110,15 @@ __device__ __forceinline__ ChannelStatistics sample_statistics(const QuantizeKvP
   ChannelStatistics statistics;
   if (!p.smooth_k && !of_values) return statistics;
 
-  Row keys, values;
+  SampleRow<kHeadDim, Piece, kSampledKeys> keys;
+  SampleRow<kHeadDim, Piece, kSampledValues> values;
   typename Piece::Extremes extremes;
 #pragma unroll
-  for (int first = 0; first < Row::kTokens; first += Row::kAtOnce) {
-    if (p.smooth_k) keys.load(p.k, p.k_dtype, at, p.shape, first);
+  for (int first = 0; first < values.kTokens; first += values.kAtOnce) {
+    const bool of_keys = p.smooth_k && first < keys.kTokens;
+    if (of_keys) keys.load(p.k, p.k_dtype, at, p.shape, first);
     if (of_values) values.load(p.v, p.v_dtype, at, p.shape, first);
-    if (p.smooth_k) keys.add(at, first, [](const Piece&) {});
+    if (of_keys) keys.add(at, first, [](const Piece&) {});
     if (of_values) values.add(at, first, [&](const Piece& x) { extremes.add(x); });
   }
   const auto hand_out = [&](int to, const float (&x)[kChannels]) {
@@ -164,7 +166,7 @@ __device__ __forceinline__ ChannelStatistics sample_statistics(const QuantizeKvP
   // Rounding keeps order: this is the largest of the rounded |v - mean|.
   const float removed = p.pv == PvFormat::kE4m3 ? statistics.mean : 0.0f;
   statistics.largest = fmaxf(0.0f, fmaxf(most - removed, removed - least));
-  if (at.valid > kSampleTokens) {
+  if (at.valid > kSampledValues) {
     statistics.largest = fminf(fmaxf(kHeadroom * statistics.largest, kLeastLimit), FLT_MAX);
   }
   return statistics;
