@@ -95,8 +95,9 @@ int best_group(const Key& key, bool listed, Time time) {
   };
   int best = key.fitting;
   float shortest = penalized(best);
-  const int most = listed ? std::max(kMostHeads, key.fitting) : kMostHeads;
-  for (int group = key.sharing; group <= std::min(key.planes, most); group += key.sharing) {
+  const int most = std::min(key.planes, listed ? std::max(kMostHeads, key.fitting) : kMostHeads);
+  // Of large groups few are tried: each takes as long as the plan itself.
+  for (int group = key.sharing; group <= most; group = group < kMostHeads ? group + key.sharing : 2 * group) {
     const float with_penalties = penalized(group);
     if (with_penalties < shortest) {
       shortest = with_penalties;
@@ -119,9 +120,9 @@ void make_lists(RowBlockLists& lists, const std::vector<float>& cost, int planes
   lists.listed = true;
 }
 
-// Whether the `whole` row blocks of a head that are not cut short take as long as each other.
-bool all_equal(const std::vector<float>& cost, int whole) {
-  return std::all_of(cost.begin(), cost.begin() + whole, [&](float x) { return x == cost[0]; });
+// Whether the first `count` row blocks of a head take as long as each other.
+bool all_equal(const std::vector<float>& cost, int count) {
+  return std::all_of(cost.begin(), cost.begin() + count, [&](float x) { return x == cost[0]; });
 }
 
 // Where all row blocks take as long: the last of a head, if it is cut short, come after all others, and what is left of the
@@ -147,7 +148,7 @@ void make_plan(RowBlockLists& to, const Key& key, int items, const AttentionShap
   const std::vector<float> cost = costs(s, masks, key.rows, key.most_parts, plan.per_head);
   const bool short_ones = s.queries % key.rows > 0 && key.most_parts > 1;
   plan.group_heads = key.fitting;
-  if (all_equal(cost, s.queries / key.rows) && !(short_ones && key.planes > key.blocks)) {
+  if (all_equal(cost, short_ones ? plan.per_head - 1 : plan.per_head) && !(short_ones && key.planes > key.blocks)) {
     if (key.most_parts > 1) cut(plan, key.planes, s.queries, key.rows, key.most_parts, key.blocks);
     return;
   }
