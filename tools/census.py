@@ -36,9 +36,8 @@ BUDGETS = (
     ("dense_states", 40, "latency is hidden by warps"),
     ("segment_ranges", 40, "latency is hidden by warps"),
     ("clear_maxima", 16, "latency is hidden by warps"),
-    ("clear_all_largest", 16, "latency is hidden by warps"),
-    ("strand_statistics*", 128, "two blocks of 256 threads a multiprocessor"),
     ("write_codes*", 128, "two blocks of 256 threads a multiprocessor"),
+    ("finish_codes*", 128, "two blocks of 256 threads a multiprocessor"),
     ("query_terms*", 128, "two blocks of 256 threads a multiprocessor"),
     ("gradient_operands*", 128, "two blocks of 256 threads a multiprocessor"),
     ("finish_dq*", 80, "three blocks of 256 threads a multiprocessor"),
@@ -79,7 +78,7 @@ LOOPS = {
     ("120a", "attention_fwd_fp4<ForwardConfig 64 12>"): ("OMMA", 32, 660),
 }
 # Kernels that common/launch.h lets start early, from sm_90 on.
-EARLY = ("attention_decode*", "combine_splits*", "finish_dq*")
+EARLY = ("attention_decode*", "combine_splits*", "finish_codes*", "finish_dq*")
 DISASSEMBLERS = ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
 BUILDERS = ("cmake", "ninja", "nanobind", "jaxlib")
 

@@ -15,8 +15,8 @@ constexpr int64_t kGroupBytes = 16 << 20;
 // So many heads at once are shared by enough blocks for the memory's bandwidth, whatever their size.
 constexpr int kMostHeads = 32;
 constexpr int kTile = 128;       // keys
-constexpr float kOverhead = 4.0f;  // of a row block, in tiles
-constexpr float kUnitOverhead = 0.5f;  // of a tile, in units of queries: fewer of them hide less of each other's waiting
+constexpr float kOverhead = 3.0f;  // of a row block, in tiles
+constexpr float kUnitOverhead = 2.0f;  // of a tile, in units of queries: fewer of them hide less of each other's waiting
 constexpr int kMostItems = 1 << 14;  // with more, each block gets so many that any order evens out
 
 // What a plan depends on.
