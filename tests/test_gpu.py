@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, Case, make_inputs
+from cases import CASES, Case, make_inputs, values_beyond_the_sample
 from metrics import assert_same_bits, assert_same_keys_and_values, relative_l2
 from oracle import exact_forward, window
 from test_reference import TABLE, VARIANTS, assert_as_accurate_as_the_table, table_problem
@@ -214,6 +214,17 @@ def test_quantisers_are_bit_equal(case, recipe):
     assert_same_bits(q8, qq.q8, "q8")
     assert_same_bits(q_scale, qq.q_scale, "q_scale")
     np.testing.assert_allclose(lse_shift, qq.lse_shift, rtol=1e-5, atol=1e-5)  # a sum in any order
+
+
+@pytest.mark.parametrize("recipe", [PRESETS["sage1"], TRAIN8], ids=by_name)
+@pytest.mark.parametrize("tokens, dtype", [(300, "float32"), (5000, "bfloat16")])
+def test_values_beyond_the_sample(recipe, tokens, dtype):
+    """Their heads are written once more; the other heads are not."""
+    case = Case("beyond", B=1, T=8, S=tokens, N=3, K=3, H=64, dtype=dtype)
+    k, v = (x.astype(dtype) for x in values_beyond_the_sample(tokens))
+    bounds = make_inputs(case)[-1].bounds
+    expected = QuantizedKV(*on_host("quantize_kv", case, recipe, k, v, bounds))
+    assert_same_keys_and_values(on_gpu("quantize_kv", case, recipe, k, v, bounds), expected)
 
 
 @pytest.mark.parametrize("case, recipe", named(FORWARD))
