@@ -22,7 +22,7 @@ from test_reference import TABLE, VARIANTS, assert_as_accurate_as_the_table, tab
 from sage_jax import _vjp, accuracy, dot_product_attention, reference
 from sage_jax._ffi import Settings, operation
 from sage_jax.masking import Masks
-from sage_jax.quantization import QuantizedKV, QuantizedQ
+from sage_jax.quantization import SAMPLED_VALUES, QuantizedKV, QuantizedQ, sample_tokens
 from sage_jax.recipe import PRESETS
 
 pytestmark = pytest.mark.gpu
@@ -450,13 +450,14 @@ def test_a_mean_of_the_values_costs_nothing(recipe, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("keys", [300, 8192])
+@pytest.mark.parametrize("keys", [1000, 8192])
 def test_sums_of_many_equal_probabilities_stay_finite(keys, head_dim):
     """Scores that are all the same, and the largest values of one sign before those of the other: as sums of e4m3 codes
-    with 16 bits, 600 such products would overflow."""
-    rows = np.arange(1, keys + 1)
-    exact = np.where(rows <= keys // 2, 1.0, (keys // 2) / rows * 2 - 1.0)
-    v = jnp.where(jnp.arange(keys) < keys // 2, 1.0, -1.0)[None, :, None, None] * jnp.ones((1, 1, 1, head_dim))
+    with 16 bits, 600 such products would overflow. Codes are the largest there are where the sample has met a third."""
+    values = np.where(np.arange(keys) < keys // 2, 1.0, -1.0).astype(np.float32)
+    values[np.asarray(sample_tokens(jnp.array([keys]), SAMPLED_VALUES))[0]] /= 3
+    exact = np.cumsum(values) / np.arange(1, keys + 1)
+    v = jnp.asarray(values)[None, :, None, None] * jnp.ones((1, 1, 1, head_dim))
     q, k = jnp.zeros_like(v), jax.random.normal(jax.random.key(0), v.shape)
     out = dot_product_attention(q, k, v, is_causal=True, recipe="sage2")
     np.testing.assert_allclose(np.asarray(out)[0, :, 0], np.broadcast_to(exact[:, None], (keys, head_dim)), atol=0.03)
