@@ -15,7 +15,7 @@ struct Plan {
   const QuantizeKv& p;
   Shape s;
   int64_t tiles;
-  bool* bad;               // [B, K, Sp]: valid, but holds a NaN or Inf
+  bool* bad;      // [B, K, Sp]: valid, but holds a NaN or Inf
   float* v_max;   // [B, K, S64, Hp]: the largest |v|, of e4m3 |v - v_mean|
   float* v_amax;  // [B, K, Hp]: what the channel's scale is for
   bool channel_scales;
@@ -43,7 +43,7 @@ struct TileAt {
 };
 
 constexpr int64_t kSampledKeys = 128, kSampledValues = 256;  // tokens that stand for a sequence
-constexpr float kHeadroom = 3;  // of channel scales over the sample
+constexpr float kHeadroom = 3;                               // of channel scales over the sample
 constexpr float kLeastLimit = 0x1p-100f;
 
 // Token i of a sample of `size`: all tokens of so few; of more one of each of `size` equal parts, at another place of each.
