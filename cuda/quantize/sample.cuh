@@ -120,6 +120,7 @@ __device__ __forceinline__ ChannelStatistics sample_statistics(const QuantizeKvP
     if (of_values) values.load(p.v, p.v_dtype, at, p.shape, first);
     if (of_keys) keys.add(at, first, [](const Piece&) {});
     if (of_values) values.add(at, first, [&](const Piece& x) { extremes.add(x); });
+    if constexpr (!Piece::kReadsAhead) __syncwarp();  // several tokens at once would take too many registers
   }
   const auto hand_out = [&](int to, const float (&x)[kChannels]) {
     auto* const out = reinterpret_cast<float4*>(&shared.rows[to][row][channel]);
