@@ -2,7 +2,8 @@
 
 A CUDA handler may not allocate (its calls are captured in CUDA graphs), so scratch memory is one more result, `workspace`
 u8 [bytes], after the documented ones; XLA plans its memory. The launchers in `cuda/` carve the same buffer into the same
-rows; each is rounded up to 256 bytes here, though not all of them begin at a multiple there: change both together (`tests/test_cuda_sim_*.py` compare them).
+rows; each is rounded up to 256 bytes here, though not all of them begin at a multiple there: change both together
+(`tests/test_cuda_sim_*.py` compare them).
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, Hp padded head dimension; Tp, Sp: T and S
 rounded up to multiples of 64.
@@ -25,7 +26,7 @@ def _total(rows) -> int:
 
 
 def blocks_of_plane(B: int, S: int, K: int, Hp: int) -> int:
-    """Blocks that share the tiles of a key head. The rule is that of `cuda/quantize/quantize_kv.cu`."""
+    """Blocks that share the tiles of a key head. The rule is that of `cuda/quantize/partial.cuh`."""
     return max(1, min(tiles(S), 256 * 128 // max(B * K * Hp, 1)))
 
 

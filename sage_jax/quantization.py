@@ -122,9 +122,13 @@ def token_mean(x: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.zeros_like(x, shape=(*x.shape[:-2], x.shape[-1]))
     sums = halving_sum(x.reshape(*x.shape[:-2], tiles, TILE, x.shape[-1]))
     sums = pad_axis(sums, sums.ndim - 2, 1 << max(tiles - 1, 0).bit_length())
+    return _bf16_mean(halving_sum(sums), count)
+
+
+def _bf16_mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """float32 sums [..., H] of count [...] rows, divided and rounded to bf16 values."""
     reciprocal = np.float32(1.0) / count.astype(jnp.float32)
-    mean = halving_sum(sums) * reciprocal[..., None]
-    return lax.reduce_precision(mean, 8, 7)
+    return lax.reduce_precision(total * reciprocal[..., None], 8, 7)
 
 
 def sample_tokens(valid: jax.Array, size: int) -> jax.Array:
@@ -160,9 +164,7 @@ def sample_mean(rows: jax.Array, counts: jax.Array) -> jax.Array:
     total = parts[:, :, 0]
     for i in range(1, parts.shape[2]):
         total = total + parts[:, :, i]
-    count = jnp.maximum(jnp.sum(counts, axis=-1, dtype=jnp.int32), 1)
-    reciprocal = np.float32(1.0) / count.astype(jnp.float32)
-    return lax.reduce_precision(halving_sum(total) * reciprocal[..., None], 8, 7)
+    return _bf16_mean(halving_sum(total), jnp.maximum(jnp.sum(counts, axis=-1, dtype=jnp.int32), 1))
 
 
 def scaled_for(x: jax.Array, sample: jax.Array, valid: jax.Array) -> jax.Array:
@@ -179,7 +181,7 @@ def without_small(mean: jax.Array, v: jax.Array, times: float) -> jax.Array:
 
     A mean below the spacing of 16-bit values moves few of their 8-bit codes: it would stay in the codes, and be added
     to the output once more; over 65536 tokens of normal data that made half of the error of O. And the mean of a sample is
-    off by a tenth of what values spread, which is more than O where it is a mean of many values around zero: what is
+    off by a sixteenth of what values spread, which is more than O where it is a mean of many values around zero: what is
     subtracted should be more than that.
     """
     largest = jnp.max(jnp.abs(v), axis=-2, initial=0.0)

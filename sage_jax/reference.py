@@ -81,10 +81,9 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     bad = valid & ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=-1)
     used = (valid & ~bad)[..., None]
 
-    (k_rows, k_counts) = qz.take_sample(k, count, qz.SAMPLED_KEYS)
-    (v_rows, v_counts) = qz.take_sample(v, count, qz.SAMPLED_VALUES)
-    zero = jnp.zeros_like(k_rows[:, :, 0])
-    k_mean = qz.sample_mean(k_rows, k_counts) if smooth_k else zero
+    v_rows, v_counts = qz.take_sample(v, count, qz.SAMPLED_VALUES)
+    zero = jnp.zeros_like(v_rows[:, :, 0])
+    k_mean = qz.sample_mean(*qz.take_sample(k, count, qz.SAMPLED_KEYS)) if smooth_k else zero
     v_mean = qz.sample_mean(v_rows, v_counts) if smooth_v else zero
     v_mean = qz.without_small(v_mean, v_rows, qz.SMALL_MEAN)
 
@@ -98,13 +97,11 @@ def quantize_kv(k, v, bounds, *, pv, v_range, smooth_k, smooth_v, dp) -> Quantiz
     negated = jnp.where(k_scale == 0, qz.BAD_ZERO_SCALE, -k_scale)
     k_scale = jnp.where(bad_tile, negated, k_scale)
 
-    for_pv = deviations if pv == "e4m3" else v
-    if pv == "e4m3":
-        v_rows = jnp.where(v_counts[..., None], v_rows - v_mean[..., None, :], 0.0)
-    v_pv, v_scale = _values_for_pv(for_pv, qz.scaled_for(for_pv, v_rows, count), pv, v_range)
+    sample = jnp.where(v_counts[..., None], v_rows - v_mean[..., None, :], 0.0)
+    for_pv, sample = (deviations, sample) if pv == "e4m3" else (v, v_rows)
+    v_pv, v_scale = _values_for_pv(for_pv, qz.scaled_for(for_pv, sample, count), pv, v_range)
     v_dp, v_dp_scale = _values_for_dp(deviations, dp)
-    absent = jnp.zeros((0,), F32)
-    kv = QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale, absent, absent)
+    kv = QuantizedKV(k8, k_scale, k_mean, v_pv, v_scale, v_mean, v_dp, v_dp_scale, *[jnp.zeros((0,), F32)] * 2)
     if dp is None:
         return kv
     k_max = jnp.max(jnp.abs(qz.dequantized_keys(kv)), axis=2, initial=0.0)

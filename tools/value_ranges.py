@@ -1,7 +1,7 @@
 """Prints errors of O on values that are hard for e4m3: wide ranges, and sums that grow with the sequence.
 
     python tools/value_ranges.py [--tokens N,..] [--head-dim N] [--data NAME,..]             ranges of P and V, on the CPU
-    python tools/value_ranges.py --headroom [--tokens N,..] [--head-dim N] [--data NAME,..]   scales of V, on the CPU
+    python tools/value_ranges.py --headroom [--tokens N,..] [--head-dim N] [--data NAME,..]  scales of V, on the CPU
     python tools/value_ranges.py --kernel [--tokens N,..] [--head-dim N] [--data NAME,..]    `sage2` as this device runs it
 
 Relative L2 against exact float32 attention of the same bfloat16 inputs, one head, one seed; the first 256 query rows, 2048
