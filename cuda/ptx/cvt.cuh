@@ -67,4 +67,15 @@ __device__ __forceinline__ uint32_t cvt_e4m3x4_f32(float x0, float x1, float x2,
 #endif
 }
 
+// Four rounded to integers as signed bytes, the first argument in the lowest. Saturates at -128 and 127; NaN becomes 0.
+__device__ __forceinline__ uint32_t cvt_s8x4_f32(float x0, float x1, float x2, float x3) {
+  uint32_t r;
+  asm("{ .reg .s32 a, b, c, d; .reg .b32 upper;"
+      " cvt.rni.s32.f32 a, %1; cvt.rni.s32.f32 b, %2; cvt.rni.s32.f32 c, %3; cvt.rni.s32.f32 d, %4;"
+      " cvt.pack.sat.s8.s32.b32 upper, d, c, 0; cvt.pack.sat.s8.s32.b32 %0, b, a, upper; }"
+      : "=r"(r)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return r;
+}
+
 }  // namespace sage::ptx

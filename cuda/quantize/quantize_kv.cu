@@ -148,7 +148,7 @@ __device__ __forceinline__ void write_tile(const QuantizeKvParams& p, const Plan
                                            TransposedTile<kHeadDim>& transposed,
                                            Scratch<2 * kHeadDim>& scratch, int turn,
                                            LargestKeys<2 * kHeadDim>& seen, ExceededValues<kHeadDim> exceeded) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   // Lest addresses wait in registers for the next tile.
   const int thread = ptx::opaque_thread(), row = Rows::row(thread), channel = Rows::channel(thread);
   const int64_t plane = ptx::opaque(static_cast<int>(at.plane)), tile = plane * at.tiles + tile_index;
@@ -237,7 +237,7 @@ template <int kHeadDim, class Piece>
 __device__ __forceinline__ void write_values_again(const QuantizeKvParams& p, const PlaneIndex& at, int tile,
                                                    const ChannelConstants<kHeadDim>& constants,
                                                    TransposedTile<kHeadDim>& transposed, ExceededValues<kHeadDim> exceeded) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   const int row = Rows::row(), channel = Rows::channel();
   const PiOrder order(tile, row);
   Piece v[kPerThread];
@@ -265,7 +265,7 @@ __device__ __forceinline__ void write_values_again(const QuantizeKvParams& p, co
 
 template <int kHeadDim>
 struct CodesShared {
-  static constexpr int kThreads = RowBlock<kHeadDim>::kThreads;
+  static constexpr int kThreads = TokenThreads<kHeadDim>::kThreads;
   struct Tiles {
     TransposedTile<kHeadDim> transposed;
     LargestKeys<kThreads> seen;
@@ -299,7 +299,7 @@ __device__ __forceinline__ void set_constants(const QuantizeKvParams& p, const P
 // A block writes the codes of its tiles.
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim, 256 / kHeadDim) write_codes(const QuantizeKvParams p) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   __shared__ CodesShared<kHeadDim> shared;
   const int count = blocks_of_plane(p.shape);
   const PlaneIndex at(p, static_cast<int>(blockIdx.x), count);

@@ -33,7 +33,7 @@ struct Statistics {
 // One block a multiprocessor is asked for, as ptxas otherwise keeps to 96 registers and spills.
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_statistics(const QuantizeKvFp4Params p) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   __shared__ float rows[2][kRowsAtOnce][kHeadDim];
   __shared__ int used_tokens[kRowsAtOnce];
   const TileIndex at(p, false);
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kReduceRows * 32, 1) fp4_reduce(const Quantize
 
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim) fp4_write_codes(const QuantizeKvFp4Params p) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   __shared__ float values[2][kRowsAtOnce][kHeadDim];  // 16 tokens of V each
   __shared__ float scratch[2][Rows::kThreads / kWarpSize];
   const TileIndex at(p, true);

@@ -6,7 +6,7 @@
 
 #include "common/launch.h"
 #include "ptx/grid_dependency.cuh"
-#include "quantize/rows.cuh"
+#include "quantize/query_tokens.cuh"
 
 namespace sage {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 template <int kHeadDim_, int kTokens_, bool kPerToken_, class Piece_>
 struct QueryConfig {
   using Piece = Piece_;
-  using Rows = RowBlock<kHeadDim_>;
+  using Rows = TokenThreads<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTokens = kTokens_;
   static constexpr bool kPerToken = kPerToken_;
@@ -42,8 +42,6 @@ struct QueryShare {
   }
 };
 
-constexpr float kNotFinite = -1.0f;  // in place of a scale's inverse
-
 template <class Config>
 using Pieces = typename Config::Piece[Config::kPerThread];
 
@@ -52,13 +50,8 @@ template <class Config>
 __device__ __forceinline__ void load_group(const QuantizeQParams& p, const QueryShare& at, int group,
                                            Pieces<Config>& pieces) {
   const int token = group * Config::kTokens + Config::Rows::row();
-  const int64_t first = at.begin + static_cast<int64_t>(token) * at.stride;
-#pragma unroll
-  for (int i = 0; i < Config::kPerThread; ++i) {
-    const int distance = i * Config::Rows::kTokensAtOnce;
-    pieces[i].load(p.q, p.q_dtype, first + static_cast<unsigned>(distance * at.stride), Config::Rows::channel(),
-                   p.shape.head_dim, distance < at.valid - token);
-  }
+  load_tokens(pieces, p.q, p.q_dtype, at.begin + static_cast<int64_t>(token) * at.stride, at.stride,
+              Config::Rows::kTokensAtOnce, at.valid - token, Config::Rows::channel(), p.shape.head_dim);
 }
 
 template <class Config>
@@ -66,43 +59,28 @@ __device__ __forceinline__ void quantize_group(const QuantizeQParams& p, const Q
                                                const float (&mean)[kChannels], Pieces<Config>& pieces,
                                                float* scratch) {
   using Rows = typename Config::Rows;
-  constexpr int kPerThread = Config::kPerThread;
   const int channel = Rows::channel(), token = group * Config::kTokens + Rows::row();
   const int64_t first = at.plane * p.shape.queries + token;
-  // ------------------------------------------------------------------------ scales
-  // Of the thread's tokens each lane finds the scale of one: the others' come from the lanes beside it.
-  const int own = channel / kChannels % kPerThread, own_distance = own * Rows::kTokensAtOnce;
-  uint32_t magnitudes[kPerThread];
+  float shifts[Config::kPerThread];
+  const float scale = quantize_tokens<Rows::kThreadsPerToken>(
+      pieces,
+      [&](float largest) {
+        if constexpr (Config::kPerToken) return largest;
+        return block_max<Rows::kThreads>(largest, scratch);
+      },
+      [&](int i, const float(&x)[kChannels], uint2 codes) {
+        shifts[i] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) magnitudes[i] = pieces[i].magnitude();
-  const uint32_t magnitude = combine_lanes<Rows::kThreadsPerToken>(
-      magnitudes, [](uint32_t a, uint32_t b) { return Config::Piece::larger(a, b); });
-  const bool finite = Config::Piece::finite(magnitude);
-  float largest = finite ? Config::Piece::value(magnitude) : 0.0f;
-  if constexpr (!Config::kPerToken) largest = block_max<Rows::kThreads>(largest, scratch);
-  const GroupScale scale = group_scale(largest, 127.0f);
-  const float own_inverse = finite ? scale.inverse : kNotFinite;
-
-  // ------------------------------------------------------------------------ codes, q·mean of the keys
-  float shifts[kPerThread];
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int distance = i * Rows::kTokensAtOnce;
-    const float inverse = __shfl_sync(kFullWarp, own_inverse, i, kPerThread);
-    if (inverse == kNotFinite) pieces[i].clear();
-    float x[kChannels];
-    pieces[i].unpack(x);
-    shifts[i] = 0.0f;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) shifts[i] = fmaf(x[c], mean[c], shifts[i]);
-    const uint2 codes = int8_codes(x, inverse);
-    auto* const to = p.q8 + first * Config::kHeadDim + channel + distance * Config::kHeadDim;
-    if (distance < p.shape.queries - token) *reinterpret_cast<uint2*>(to) = codes;
-  }
+        for (int c = 0; c < kChannels; ++c) shifts[i] = fmaf(x[c], mean[c], shifts[i]);
+        const int distance = i * Rows::kTokensAtOnce;
+        auto* const to = p.q8 + first * Config::kHeadDim + channel + distance * Config::kHeadDim;
+        if (distance < p.shape.queries - token) *reinterpret_cast<uint2*>(to) = codes;
+      });
   const float shift = combine_lanes<Rows::kThreadsPerToken>(shifts, Add());
-  if (channel < kPerThread * kChannels && own_distance < p.shape.queries - token) {
-    p.q_scale[first + own_distance] = !finite ? NAN : own_distance < at.valid - token ? scale.scale : 0.0f;
-    p.lse_shift[first + own_distance] = finite ? shift * p.scale : NAN;
+  const int i = channel / kChannels, distance = i * Rows::kTokensAtOnce;
+  if (i < Config::kPerThread && distance < p.shape.queries - token) {
+    p.q_scale[first + distance] = distance < at.valid - token ? scale : 0.0f;
+    p.lse_shift[first + distance] = isnan(scale) ? NAN : shift * p.scale;
   }
 }
 
@@ -126,10 +104,12 @@ __global__ void __launch_bounds__(Config::Rows::kThreads, Config::kBlocks) quant
   const int groups = groups_of_queries<Config>(p.shape);
   Pieces<Config> next;
   if (Config::Piece::kReadsAhead) load_group<Config>(p, at, at.share, next);
-  float mean[kChannels];
+  float mean[kChannels] = {};
   const int kv_head = at.head / (p.shape.heads / p.shape.kv_heads);
-  load_floats(mean, p.k_mean + (static_cast<int64_t>(at.b) * p.shape.kv_heads + kv_head) * Config::kHeadDim +
-                        Config::Rows::channel());
+  if (p.k_mean != nullptr) {
+    load_floats(mean, p.k_mean + (static_cast<int64_t>(at.b) * p.shape.kv_heads + kv_head) * Config::kHeadDim +
+                          Config::Rows::channel());
+  }
 #pragma unroll 1
   for (int group = at.share, turn = 0; group < groups; group += at.shares, turn ^= 1) {
     Pieces<Config> pieces;

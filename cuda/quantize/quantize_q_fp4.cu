@@ -17,7 +17,7 @@ constexpr int kMeansAtOnce = kMeansPerThread * kMeanLanes;
 // [B, N, T128, Hp].
 template <int kHeadDim, class Piece>
 __global__ void __launch_bounds__(2 * kHeadDim, 1) fp4_queries(const QuantizeQFp4Params p) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   __shared__ float rows[2][kRowsAtOnce][kHeadDim];  // sums of either 64 queries; then their mean
   __shared__ float scratch[Rows::kThreads / kWarpSize];
   __shared__ int used_tokens[kRowsAtOnce];

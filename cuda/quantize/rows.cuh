@@ -18,7 +18,7 @@ inline constexpr int kChannels = 8;  // channels a thread holds of one token
 
 // A block's threads: Hp/8 neighbouring threads share a token, 16 tokens at a time.
 template <int kHeadDim>
-struct RowBlock {
+struct TokenThreads {
   static constexpr int kThreads = 2 * kHeadDim;
   static constexpr int kThreadsPerToken = kHeadDim / kChannels;  // 8, 16 or 32: never over a warp
   static constexpr int kTokensAtOnce = kThreads / kThreadsPerToken;
@@ -48,8 +48,8 @@ __device__ __forceinline__ void load_floats(float (&x)[kChannels], const float* 
 //   load         starts to read, if `inside`, the channels from `channel` on of a row that begins at element `row`
 //   clear        makes them zeros
 //   unpack       gives them as float32
-//   magnitude    the largest |x| in a form that `Piece::larger` combines: bits without a sign, ordered as
-//                unsigned integers, where a NaN is above Inf and Inf above all numbers
+//   magnitude    the largest |x| in a form that `Piece::larger` combines, `finite` and `value` read; a NaN is above Inf and
+//                Inf above all numbers
 //   Extremes     largest and smallest of each channel over several tokens
 //   kReadsAhead  whether registers suffice for reading the next tokens while these are worked on
 
@@ -76,19 +76,21 @@ struct Piece {
 
   // Two at a time.
   __device__ __forceinline__ uint32_t magnitude() const {
-    constexpr uint32_t kNoSigns = 0x7fff7fffu;
-    return larger(larger(words.x & kNoSigns, words.y & kNoSigns),
-                  larger(words.z & kNoSigns, words.w & kNoSigns));
+    return larger(larger(words.x, words.y), larger(words.z, words.w));
   }
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    return kBf16 ? ptx::max_magnitude_bf16x2(a, b) : ptx::max_magnitude_f16x2(a, b);
+  }
   __device__ __forceinline__ bool finite() const { return finite(magnitude()); }
   static __device__ __forceinline__ bool finite(uint32_t magnitude) {
     constexpr uint32_t kInf = kBf16 ? 0x7f80u : 0x7c00u;
-    return (magnitude & 0xffffu) < kInf && magnitude >> 16 < kInf;
+    return (magnitude & 0x7fffu) < kInf && (magnitude >> 16 & 0x7fffu) < kInf;
   }
   static __device__ __forceinline__ float value(uint32_t magnitude) {
-    const uint32_t bits = max(magnitude & 0xffffu, magnitude >> 16);
-    return kBf16 ? bits_float(bits << 16) : f16_value(static_cast<uint16_t>(bits));
+    const uint32_t bits = max(magnitude & 0x7fffu, magnitude >> 16 & 0x7fffu);  // ordered as numbers are, NaN above them
+    float x, none;
+    floats(x, none, bits);
+    return x;
   }
 
   struct Extremes {
@@ -290,7 +292,7 @@ __device__ __forceinline__ float block_max(float x, float* scratch) {
 // ordered as their bits are; `shared` held zeros.
 template <int kHeadDim>
 __device__ __forceinline__ void gather_maxima(uint32_t (&shared)[kHeadDim], const float (&largest)[kChannels]) {
-  const int channel = RowBlock<kHeadDim>::channel(ptx::opaque_thread());
+  const int channel = TokenThreads<kHeadDim>::channel(ptx::opaque_thread());
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) atomicMax(&shared[channel + c], float_bits(largest[c]));
   __syncthreads();
@@ -301,23 +303,18 @@ template <int kHeadDim>
 __device__ __forceinline__ void store_maxima(uint32_t (&shared)[kHeadDim],
                                              const float (&largest)[kChannels], float* out) {
   gather_maxima(shared, largest);
-  for (int c = ptx::opaque_thread(); c < kHeadDim; c += RowBlock<kHeadDim>::kThreads) {
+  for (int c = ptx::opaque_thread(); c < kHeadDim; c += TokenThreads<kHeadDim>::kThreads) {
     if (shared[c] != 0) atomicMax(reinterpret_cast<uint32_t*>(out + c), shared[c]);
   }
 }
 
-// Eight INT8 codes as two words, lowest channel first: those of int8_code for |x · inverse| <= 127.5.
-// 1.5·2^23 added to a float of small magnitude leaves it, rounded to an integer, in the low bits.
+// Eight INT8 codes as two words, lowest channel first: those of int8_code for |x · inverse| <= 127.5, and 0 for NaN.
 __device__ __forceinline__ uint2 int8_codes(const float (&x)[kChannels], float inverse) {
-  uint32_t code[kChannels];
-#pragma unroll
-  for (int i = 0; i < kChannels; ++i) {
-    code[i] = float_bits(__fadd_rn(__fmul_rn(x[i], inverse), 12582912.0f));
-  }
-  const auto four = [](const uint32_t* c) {
-    return ptx::prmt(ptx::prmt(c[0], c[1], 0x0040), ptx::prmt(c[2], c[3], 0x0040), 0x5410);
+  const auto four = [&](int i) {
+    return ptx::cvt_s8x4_f32(__fmul_rn(x[i], inverse), __fmul_rn(x[i + 1], inverse), __fmul_rn(x[i + 2], inverse),
+                             __fmul_rn(x[i + 3], inverse));
   };
-  return make_uint2(four(code), four(code + 4));
+  return make_uint2(four(0), four(4));
 }
 
 // x rounded to an integer, ties to even, for |x| < 2^22.

@@ -29,7 +29,7 @@ struct ChannelStatistics {
 
 template <int kHeadDim>
 struct SampleShared {
-  static constexpr int kRows = RowBlock<kHeadDim>::kTokensAtOnce;
+  static constexpr int kRows = TokenThreads<kHeadDim>::kTokensAtOnce;
   float rows[2][kRows][kHeadDim];  // sums of K and V, then largest and smallest of V
   int used[2][kRows];              // tokens of K and V that count
 };
@@ -57,7 +57,7 @@ __device__ __forceinline__ uint32_t finite_tokens(Piece (&x)[kCount], int count)
 // What a thread adds up of K or V: eight channels of tokens row, row + 16, ... of the sample.
 template <int kHeadDim, class Piece, int kSize>
 struct SampleRow {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   static constexpr int kTokens = kSize / Rows::kTokensAtOnce;
   static constexpr int kAtOnce = Piece::kReadsAhead ? 8 : 1;  // of these
   Piece x[kAtOnce];
@@ -102,7 +102,7 @@ __host__ __device__ inline bool has_channel_scales(PvFormat pv) {
 template <int kHeadDim, class Piece>
 __device__ __forceinline__ ChannelStatistics sample_statistics(const QuantizeKvParams& p, const PlaneIndex& at,
                                                                SampleShared<kHeadDim>& shared) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   constexpr int kRows = SampleShared<kHeadDim>::kRows;
   const bool of_values = p.smooth_v || has_channel_scales(p.pv);
   const int row = Rows::row(), channel = Rows::channel();

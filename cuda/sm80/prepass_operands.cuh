@@ -34,14 +34,14 @@ struct OperandsShared {
   // What a query's x and y are multiplied with, or for sagebwd whether it counts, and its scale. 0: it is dead (its shift
   // is −inf) or poisoned (NaN), and its codes are zeros.
   alignas(16) float2 factor[kChunk * kTile];
-  float scratch[2][RowBlock<kHeadDim>::kThreads / kWarpSize];
+  float scratch[2][TokenThreads<kHeadDim>::kThreads / kWarpSize];
 };
 
 // One tile of x, y or z: values in y[token][channel], to be multiplied by the channel's factor.
 template <int kHeadDim, bool kTrain8>
 __device__ __forceinline__ void stage_operand(TransposedTile<kHeadDim>& staged, const float (&y)[kPerThread][kChannels],
                                               const float (&factor)[kChannels]) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     uint32_t word = 0;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void stage_operand(TransposedTile<kHeadDim>& staged, 
 // L2 cache.
 template <int kHeadDim, class Piece, bool kTrain8>
 __device__ void query_operands(const BackwardCall& p, const HeadShare& at, OperandsShared<kHeadDim>& shared) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   constexpr int kChunk = OperandsShared<kHeadDim>::kChunk;
   const BackwardWorkspace& w = p.w;
   const AttentionShape& s = p.shape;
@@ -166,7 +166,7 @@ __device__ void query_operands(const BackwardCall& p, const HeadShare& at, Opera
 // z of a share of a head's keys.
 template <int kHeadDim, bool kTrain8>
 __device__ void key_operands(const BackwardCall& p, const HeadShare& at, OperandsShared<kHeadDim>& shared) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   const AttentionShape& s = p.shape;
   const int channel = Rows::channel(), thread = static_cast<int>(threadIdx.x);
   const int64_t tokens = static_cast<int64_t>(at.tiles) * kTile;

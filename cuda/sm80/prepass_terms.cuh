@@ -20,7 +20,7 @@ inline constexpr int kTermsBlocks = 256 / kHeadDim;  // of a multiprocessor
 // QueryTerms, row_factor, dO's codes.
 template <int kHeadDim, class Piece, bool kTrain8>
 __global__ void __launch_bounds__(2 * kHeadDim, kTermsBlocks<kHeadDim>) query_terms(const PrepassCall call) {
-  using Rows = RowBlock<kHeadDim>;
+  using Rows = TokenThreads<kHeadDim>;
   constexpr int kLanes = Rows::kThreadsPerToken, kTokens = kTermsTokens<Piece>;
   __shared__ uint32_t channel_max[2][kHeadDim];
   __shared__ alignas(16) float v_mean[kHeadDim];

@@ -1,6 +1,7 @@
 // Host version of cuda/ptx/cvt.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "numerics/bf16.h"
@@ -43,6 +44,14 @@ inline void cvt_f16x4_e4m3x4(uint32_t (&halves)[2], uint32_t codes) {
 
 inline uint32_t cvt_e4m3x4_f32(float x0, float x1, float x2, float x3) {
   return cvt_e4m3x2_f32(x0, x1) | static_cast<uint32_t>(cvt_e4m3x2_f32(x2, x3)) << 16;
+}
+
+inline uint32_t cvt_s8x4_f32(float x0, float x1, float x2, float x3) {
+  const auto byte = [](float x) {
+    const float rounded = std::isnan(x) ? 0.0f : std::fmin(std::fmax(std::nearbyint(x), -128.0f), 127.0f);
+    return static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(rounded)));
+  };
+  return byte(x0) | byte(x1) << 8 | byte(x2) << 16 | byte(x3) << 24;
 }
 
 }  // namespace sage::ptx

@@ -32,6 +32,13 @@ inline uint32_t min_bf16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, bf
 inline uint32_t max_f16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, f16_value, larger); }
 inline uint32_t min_f16x2(uint32_t a, uint32_t b) { return pick_halves(a, b, f16_value, smaller); }
 
+inline uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
+  const uint32_t signs = (a ^ b) & 0x80008000u;  // as the hardware leaves them
+  return signs | ::pick_halves<uint16_t>(a & 0x7fff7fffu, b & 0x7fff7fffu,
+                                         [](uint16_t x, uint16_t y) { return x > y ? x : y; });
+}
+inline uint32_t max_magnitude_f16x2(uint32_t a, uint32_t b) { return max_magnitude_bf16x2(a, b); }
+
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
   uint32_t r = 0;
