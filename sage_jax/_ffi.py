@@ -35,6 +35,10 @@ LAYOUTS = {  # operands, results: see _batching.py
         "BN.. BN. BN. BK.. BK. BK.. BK. BK. B. B. B. bn.. bn..",
         "B.N. BN. BN. BN.",
     ),
+    "attend_queries": (
+        "B.N. BK.. BK. BK.. BK. BK. B. B. B. bn.. bn..",
+        "B.N.",
+    ),
     "attend_backward": (
         "BN.. BN. BK.. BK. BK. BK.. BK. BK. BK BK. BN. BN. B.N. B.N. BN. B. B. B. bn.. bn..",
         "B.N. B.K. B.K. BN..",
@@ -87,6 +91,7 @@ class Settings:
       dtype: of query, key, value, out and their gradients.
       implementation: "cpu" | "cuda" | "reference", or None: chosen by platform.
       for_backward: also quantize V for the backward pass.
+      lse: whether the LSE is a result of attention.
       deterministic: gradients repeat bit for bit.
       mask_tile: queries and keys that an entry of the mask stands for: 1, or 64 for a block mask.
     """
@@ -99,6 +104,7 @@ class Settings:
     dtype: np.dtype
     implementation: str | None = None
     for_backward: bool = False
+    lse: bool = True
     deterministic: bool = False
     mask_tile: int = 1
 
@@ -171,6 +177,8 @@ def _result_types(name, settings: Settings, operands):
     if name == "quantize_q":
         B, T, N, _ = operands[0].shape
         return ((B, N, T, padded), jnp.int8), ((B, N, T), jnp.float32), ((B, N, T), jnp.float32)
+    if name == "attend_queries":
+        return ((operands[0].shape, settings.dtype),)
     B, N, T, _ = operands[0].shape
     rows = ((B, N, T), jnp.float32)
     if name == "attend":
@@ -198,6 +206,8 @@ def _attributes(name, settings: Settings):
         "mask_tile": i32(settings.mask_tile),
     }
     dp = {None: 0, "int8": 1, "bf16": 2}[settings.dp]
+    if name == "attend_queries":
+        name = "attend"
     return {
         "quantize_kv": lambda: {
             "pv": i32(recipe.pv_code),
@@ -255,22 +265,26 @@ def _workspace_bytes(name, settings: Settings, operands) -> int | None:
         "mask_tile": settings.mask_tile,
         "segments": masks.q_seg.size > 0,
     }
-    B, N, T, _ = operands[0].shape
     if name == "attend_fp4":
-        K, S = operands[5].shape[1:3]
+        (B, N, T, _), (K, S) = operands[0].shape, operands[5].shape[1:3]
         return _workspace.fp4_bytes(name, B, T, S, N, K, padded, masking)
+    recipe = settings.recipe
+    formats = {"pv": recipe.pv_code, "f16_accumulate": recipe.f16_accumulate}
+    if name == "attend_queries":
+        (B, T, N, _), (_, K, S, _) = operands[0].shape, operands[1].shape
+        return _workspace.attend_queries_bytes(B, T, S, N, K, padded, **formats, **masking)
+    B, N, T, _ = operands[0].shape
     _, K, S, _ = operands[3 if name == "attend" else 2].shape
     if name == "attend":
-        recipe = settings.recipe
-        formats = {"pv": recipe.pv_code, "f16_accumulate": recipe.f16_accumulate}
         return _workspace.attend_bytes(B, T, S, N, K, padded, **formats, **masking)
-    recipe = settings.recipe
     codes = {"backward": recipe.backward_code, "dp": recipe.dp_code}
     return _workspace.attend_backward_bytes(B, T, S, N, K, padded, **codes, **masking)
 
 
 def _native(implementation, name, settings, *operands):
     """The custom call into a native module."""
+    if name == "attend_queries" and implementation != "cuda":
+        return _attend_queries(functools.partial(_native, implementation), settings, *operands)
     results = _result_types(name, settings, operands)
     scratch = ()
     if implementation == "cuda":
@@ -281,8 +295,18 @@ def _native(implementation, name, settings, *operands):
     return tuple(call(*operands, **_attributes(name, settings))[: len(results)])
 
 
+def _attend_queries(run, settings: Settings, q, *keys_and_masks):
+    """`attend_queries` by the two operations that it stands for; run(name, settings, *operands) does one of them."""
+    k8, bounds = keys_and_masks[0], keys_and_masks[-5]
+    no_mean = jnp.zeros((k8.shape[0], k8.shape[1], k8.shape[3]), jnp.float32)  # the LSE is not wanted
+    codes = run("quantize_q", settings, q, no_mean, bounds)
+    return tuple(run("attend", settings, *codes, *keys_and_masks))[:1]
+
+
 def _reference(name, settings: Settings, *operands):
     """The specification, with the operands and results of the custom calls."""
+    if name == "attend_queries":
+        return _attend_queries(_reference, settings, *operands)
     recipe = settings.recipe
     window = {"window_left": settings.window_left, "window_right": settings.window_right}
     if name in nvfp4.LAYOUTS:
@@ -350,8 +374,8 @@ def _empty(name, settings, operands):
 
 def _dispatch(name, settings: Settings, *operands):
     """One operation on unsharded, unbatched operands."""
-    axis = 1 if name.startswith("quantize") else 2
-    keys_at = {"attend": 3, "attend_backward": 2, "quantize_q_fp4": 1, "attend_fp4": 5}
+    axis = 1 if LAYOUTS[name][0].startswith("B.") else 2
+    keys_at = {"attend": 3, "attend_queries": 1, "attend_backward": 2, "quantize_q_fp4": 1, "attend_fp4": 5}
     keys = operands[keys_at.get(name, 0)]
     if 0 in (operands[0].shape[0], operands[0].shape[axis], keys.shape[axis]):
         results = _empty(name, settings, operands)
@@ -423,7 +447,7 @@ def _on(name: str, settings: Settings, given: tuple[bool, ...]):
     def run(*operands):
         operands = iter(operands)
         absent = dict(enumerate(no_masks(0, 0, 0), start=len(given) - 5))
-        absent[6] = jnp.zeros(0, jnp.float32)  # v_dp_scale, where V is kept in bf16
+        absent.setdefault(6, jnp.zeros(0, jnp.float32))  # v_dp_scale, where V is kept in bf16
         every = (next(operands) if there else absent[i] for i, there in enumerate(given))
         return tuple(_only(kept, _dispatch(name, settings, *every)))
 

@@ -52,6 +52,12 @@ def attend_quantized(settings: Settings, qq: QuantizedQ, kv: QuantizedKV, masks:
     return operation("attend", settings)(*qq, *values, *masks)
 
 
+def attend_queries(settings: Settings, q, kv: QuantizedKV, masks: Masks):
+    """out [B, T, N, H] of queries with a scale for each token: one operation quantizes them and attends."""
+    values = kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean
+    return operation("attend_queries", settings)(q, *values, *masks)[0]
+
+
 def _forward(settings, q, k, v, masks):
     kv = quantize_kv(settings, k, v, masks.bounds)
     qq = quantize_q(settings, q, kv.k_mean, masks.bounds)
@@ -69,14 +75,19 @@ def attend_fp4(settings: Settings, q, k, v, masks: Masks):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(settings: Settings, q, k, v, masks: Masks):
     """out [B, T, N, H] in settings.dtype and lse float32 [B, N, T] of q [B, T, N, H] and
-    k, v [B, S, K, H].
+    k, v [B, S, K, H]; lse is None unless settings.lse.
 
     Masks that were not given are None here.
     """
     if settings.recipe.fp4:
-        return attend_fp4(settings, q, k, v, masks)
-    out, lse, _, _ = _forward(settings, q, k, v, masks)[2]
-    return out, lse
+        return _wanted(settings, *attend_fp4(settings, q, k, v, masks))
+    if settings.recipe.q_block == 1 and not settings.lse:
+        return attend_queries(settings, q, quantize_kv(settings, k, v, masks.bounds), masks), None
+    return _wanted(settings, *_forward(settings, q, k, v, masks)[2][:2])
+
+
+def _wanted(settings: Settings, out, lse):
+    return out, lse if settings.lse else None
 
 
 def _attention_fwd(settings, q, k, v, masks):
@@ -87,8 +98,10 @@ def _attention_fwd(settings, q, k, v, masks):
     kept = jax.tree.map(lambda x: checkpoint_name(x, RESIDUALS), kept)
     if settings.recipe.fp4:
         out, lse = attend_fp4(settings, q, k, v, masks)
-        return (checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)), (kept, masks)
-    return (kept[-1], checkpoint_name(lse, RESIDUALS)), (kept, masks)
+        results = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
+    else:
+        results = kept[-1], checkpoint_name(lse, RESIDUALS)
+    return _wanted(settings, *results), (kept, masks)
 
 
 def _for_backward(settings):
@@ -99,6 +112,8 @@ def _for_backward(settings):
 def _attention_bwd(settings, residuals, cotangents):
     kept, masks = residuals
     dout, dlse = cotangents
+    if dlse is None:
+        dlse = jnp.zeros(kept[-2].shape, jnp.float32)
     settings = _for_backward(settings)
     dq, dk, dv, dlogits = operation("attend_backward", settings)(*kept, dout, dlse, *masks)
     dbias = None

@@ -152,6 +152,17 @@ def attend_bytes(
     return _total(rows)
 
 
+def attend_queries_bytes(B: int, T: int, S: int, N: int, K: int, Hp: int, **settings) -> int:
+    """Length of the `workspace` result of `sage_jax_attend_queries` on CUDA; `settings` as `attend_bytes` takes them.
+
+    The kernels that take queries as they are need no more than those that take codes; for the others there is room for what
+    `sage_jax_quantize_q` and `sage_jax_attend` would give.
+    """
+    rows = ("lse_shift", "q_scale", "lse", "m", "l")
+    room = (*((name, "f32", (B, N, T)) for name in rows), ("q8", "s8", (B, N, T, Hp)))
+    return attend_bytes(B, T, S, N, K, Hp, **settings) + _total(room)
+
+
 def attend_backward_bytes(
     B: int,
     T: int,

@@ -118,11 +118,12 @@ def dot_product_attention(
     )
     operands, restore = _sharding.settle(_OPERANDS, (q, k, v, *masks))
     q, k, v, *masks = _sharding.align(*operands)
-    out, lse = restore(*_vjp.attention(planned.settings, q, k, v, Masks(*masks)))
-    out, lse = out.astype(query.dtype), jnp.swapaxes(lse, 1, 2)
+    results = _vjp.attention(planned.settings, q, k, v, Masks(*masks))
+    out, *rows = restore(*(x for x in results if x is not None))
+    results = (out.astype(query.dtype), *(jnp.swapaxes(lse, 1, 2) for lse in rows))
     if query.ndim == 3:
-        out, lse = jnp.squeeze(out, 0), jnp.squeeze(lse, 0)
-    return (out, lse) if return_residual else out
+        results = tuple(jnp.squeeze(x, 0) for x in results)
+    return results if return_residual else results[0]
 
 
 def _leading_axes(x, ndim):

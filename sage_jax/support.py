@@ -123,6 +123,7 @@ def plan(
         head_dim=H,
         dtype=np.dtype(jnp.float32) if fold_scale else dtype,
         implementation=implementation,
+        lse=bool(return_residual),
         deterministic=bool(deterministic),
         mask_tile=1 if block_mask is None else masking.TILE,
     )
@@ -422,7 +423,8 @@ class Explanation:
       platform: the platform explained. backend: "cpu", "cuda" or "reference". reason: why this
         backend.
       recipe: of the forward pass. training_recipe: under differentiation, or None if that raises.
-      kernels: the operations, in order, of the forward pass and then of the backward pass.
+      kernels: the operations, in order, of the forward pass and then of the backward pass. Where `attend_queries` is
+        among them, differentiation takes the next two in its place.
       head_dim: (given, stored): quantized tensors pad the head dimension.
       architectures: those that the CUDA kernels here were built for. Which kernel serves a call is
         decided when it runs, by the GPU.
@@ -469,13 +471,17 @@ def explain(*args, platform: str | None = None, **kwargs) -> Explanation:
         backend, reason = platform, f"the platform is {platform}"
     trains = settings.recipe.backward is not None
     names = ("quantize_kv", "quantize_q", "attend")
-    kernels = _operations(backend, names + ("attend_backward",) * trains)
+    differentiated = _operations(backend, (*names, "attend_backward")) if trains else ()
     if planned.recipe.fp4:
-        eight_bit = kernels if trains else ()
+        eight_bit = differentiated
         if backend != "reference" and not _ffi.has_kernels(backend, planned.recipe):
             lacking = f"no {planned.recipe.qk} kernels for {platform} in this build"
             backend, reason = "reference", lacking
         kernels = _operations(backend, tuple(f"{name}_fp4" for name in names)) + eight_bit
+    elif backend == "cuda" and settings.recipe.q_block == 1 and not settings.lse:
+        kernels = _operations(backend, ("quantize_kv", "attend_queries")) + differentiated[1:]
+    else:
+        kernels = differentiated or _operations(backend, names)
     return Explanation(
         platform,
         backend,

@@ -255,3 +255,23 @@ def test_keys_split_among_blocks(case, name):
         assert (np.isnan(a) == np.isnan(e)).all() and (np.isinf(a) == np.isinf(e)).all(), name_
         assert (a[~special] == 0).sum() == (e[~special] == 0).sum(), name_
         assert relative_l2(a[~special], e[~special]) < bound, name_
+
+
+@pytest.mark.parametrize("name", ["sage2", "bf16", "sage2pp"])
+@pytest.mark.parametrize("case", (BY_NAME["bf16"], BY_NAME["everything"], BY_NAME["mqa"], *DECODING[:2]), ids=str)
+def test_queries_as_they_come(case, name):
+    """Kernels without a quantizer of their own have them quantized beforehand, into the workspace."""
+    recipe = RECIPES[name]
+    q, k, v, _, _, masks = make_inputs(case)
+    qq, kv = quantize(q.at[0, -1, 0, 0].set(jnp.nan), k, v, masks, recipe)
+    arguments_ = arguments(recipe, case, "float32")
+    launches = sim.library().sim_launches()
+    (out,) = sim.attend(q.at[0, -1, 0, 0].set(jnp.nan), kv, masks, **arguments_)
+    alone = sim.library().sim_launches() - launches
+    assert_same_bits(out, sim.attend(qq, kv, masks, **arguments_)[0], "out")
+    assert alone == 1 + sim.library().sim_launches() - launches - alone
+    planned = _workspace.attend_queries_bytes(
+        case.B, case.T, case.S, case.N, case.K, kv.k8.shape[-1], pv=recipe.pv_code, f16_accumulate=recipe.f16_accumulate,
+        mask_shape=masks.mask.shape, segments=masks.q_seg.size > 0,
+    )  # fmt: skip
+    assert planned >= sim.workspace_bytes(q, kv, masks, **arguments_)

@@ -18,7 +18,9 @@ from sage_jax import _ffi, _workspace
 
 attend = functools.partial(sage_jax.dot_product_attention, is_causal=True)
 TARGETS = tuple(f"sage_jax_{name}" for name in _ffi.LAYOUTS if not name.endswith("_fp4"))
-FORWARD = set(TARGETS) - {"sage_jax_attend_backward"}
+FORWARD = {"sage_jax_quantize_kv", "sage_jax_attend_queries"}
+WITH_LSE = {f"sage_jax_{name}" for name in ("quantize_kv", "quantize_q", "attend")}
+TRAINING = WITH_LSE | {"sage_jax_attend_backward"}
 FP4 = tuple(f"sage_jax_{name}" for name in _ffi.LAYOUTS if name.endswith("_fp4"))
 ALLOWED = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*TARGETS, *FP4)]
 B, T, S, N, K, H = 2, 24, 40, 4, 2, 16
@@ -49,7 +51,9 @@ def called(text):
 
 def test_cuda_program_calls_the_kernels():
     assert called(cuda_text(attend, *inputs())) == FORWARD
-    assert called(cuda_text(gradients, *inputs())) == set(TARGETS)
+    assert called(cuda_text(functools.partial(attend, return_residual=True), *inputs())) == WITH_LSE
+    assert called(cuda_text(functools.partial(attend, recipe="sage1"), *inputs())) == WITH_LSE  # a scale for 128 tokens
+    assert called(cuda_text(gradients, *inputs())) == TRAINING
     assert called(cuda_text(functools.partial(attend, implementation="cuda"), *inputs())) == FORWARD
     reference = functools.partial(attend, implementation="reference")
     assert not called(cuda_text(reference, *inputs()))
@@ -57,8 +61,8 @@ def test_cuda_program_calls_the_kernels():
 
 def test_cuda_calls_have_the_operands_and_attributes_of_the_contract():
     text = cuda_text(gradients, *inputs(jnp.bfloat16))
-    lines = {name: next(x for x in text.splitlines() if f"@{name}(" in x) for name in TARGETS}
-    quantize, _, forward, backward = (lines[name] for name in TARGETS)
+    names = [f"sage_jax_{name}" for name in ("quantize_kv", "attend", "attend_backward")]
+    quantize, forward, backward = (next(x for x in text.splitlines() if f"@{name}(" in x) for name in names)
     assert "dp = 1 : i32" in quantize and "v_range = 3.500000e+00 : f32" in quantize
     assert "smooth_k = 1 : i32" in quantize and "smooth_v = 1 : i32" in quantize
     channels = "tensor<2x2x64xf32>"  # means of K and V, scale of V, largest |K̂|
@@ -75,13 +79,25 @@ def test_cuda_calls_have_the_operands_and_attributes_of_the_contract():
     assert backward.rstrip().endswith(f"tensor<{size}xui8>)")
 
 
+def test_the_call_that_quantizes_queries_has_the_operands_of_the_contract():
+    text = cuda_text(attend, *inputs(jnp.bfloat16))
+    line = next(x for x in text.splitlines() if "@sage_jax_attend_queries(" in x)
+    operands, results = line.rsplit("->", 1)
+    assert operands.count("tensor<2x24x4x16xbf16>") == 1 and "tensor<2x2x40x64xi8>" in operands
+    assert "pv = 0 : i32" in operands and "window_right = 0 : i64" in operands and "q_block" not in operands
+    size = _workspace.attend_queries_bytes(
+        B, T, S, N, K, 64, pv=0, f16_accumulate=False, mask_shape=(0, 0, 0, 0), segments=False
+    )
+    assert results.strip() == f"(tensor<2x24x4x16xbf16>, tensor<{size}xui8>)"
+
+
 @pytest.mark.parametrize("f", [attend, gradients], ids=["forward", "gradients"])
 def test_export_to_cuda(f):
     types = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs()]
     exported = jax.export.export(jax.jit(f), platforms=["cuda"], disabled_checks=ALLOWED)(*types)
     again = jax.export.deserialize(exported.serialize())
     assert again.platforms == ("cuda",)
-    assert called(str(again.mlir_module())) == (FORWARD if f is attend else set(TARGETS))
+    assert called(str(again.mlir_module())) == (FORWARD if f is attend else TRAINING)
     with pytest.raises(ValueError, match="platform"):
         again.call(*inputs(jnp.bfloat16))  # this machine is not what it was exported for
 
@@ -122,7 +138,7 @@ def test_fp4_survives_export(f):
     x = inputs()
     exported = jax.export.export(jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=ALLOWED)(*x)
     again = jax.export.deserialize(exported.serialize())
-    assert called(str(again.mlir_module())) == set(FP4) | (set(TARGETS) if f is fp4_gradients else set())
+    assert called(str(again.mlir_module())) == set(FP4) | (TRAINING if f is fp4_gradients else set())
     for got, want in zip(jax.tree.leaves(again.call(*x)), jax.tree.leaves(f(*x)), strict=True):
         assert relative_l2(got, want) < 1e-6
 

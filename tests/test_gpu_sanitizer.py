@@ -2,6 +2,8 @@
 without it as well.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -36,6 +38,18 @@ def test_small_problems(recipe, head_dim):
         settings = settings_of(case, recipe, "cuda")
         results = _vjp.attention(settings, q, k, v, Masks(*present(masks)))
     assert_no_nan(results)
+
+
+@pytest.mark.parametrize("recipe", [TRAIN8, OTHERS[0]], ids=by_name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("sizes", [dict(H=64), dict(H=104), dict(H=64, N=280), dict(H=128, N=280)], ids=str)
+def test_queries_that_the_kernel_quantizes(sizes, dtype, recipe):
+    """With many heads by its three warps, and not under racecheck: see tools/gpu_check.sh."""
+    sizes = dict(B=1, T=70, S=134, N=2, K=1, right=40, lengths=True) | sizes
+    case = Case("sanitizer", dtype=dtype, **sizes)
+    q, k, v, _, _, masks = make_inputs(case)
+    settings = dataclasses.replace(settings_of(case, recipe, "cuda"), lse=False, for_backward=False)
+    assert_no_nan(_vjp.attention(settings, q, k, v, Masks(*present(masks)))[:1])
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

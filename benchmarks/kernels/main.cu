@@ -44,13 +44,19 @@ int time_kernels(const Options& o) {
         const AttendParams call = p.params(result, Dtype::kBf16, o.portable);
         const double ms = milliseconds([&] { check(attend(call, nullptr)); });
         const double operations = 4.0 * batch * heads * seq * seq * dim * (causal ? 0.5 : 1.0);
+        const AttendParams with_queries = p.params(result, Dtype::kBf16, o.portable, true);
+        const double raw = milliseconds([&] { check(attend(with_queries, nullptr)); });
         const double all = milliseconds([&] {
           p.quantize_keys(o.backward);
           p.quantize_queries();
           check(attend(call, nullptr));
         });
-        printf("%4d %6d %6s %9.4f %9.4f %9.4f %8.1f %9.4f %8.1f", dim, seq, causal ? "yes" : "no", kv, q, ms,
-               operations / ms / 1e9, all, operations / all / 1e9);
+        const double all_raw = milliseconds([&] {
+          p.quantize_keys(o.backward);
+          check(attend(with_queries, nullptr));
+        });
+        printf("%4d %6d %6s %9.4f %9.4f %9.4f %8.1f %9.4f %8.1f %9.4f %9.4f %8.1f", dim, seq, causal ? "yes" : "no", kv, q,
+               ms, operations / ms / 1e9, all, operations / all / 1e9, raw, all_raw, operations / all_raw / 1e9);
         if (o.backward) {
           Gradients gradients(p, 9);
           AttendParams forward = call;

@@ -198,7 +198,7 @@ struct Problem {
 
   size_t workspace_bytes() const {
     AttendParams p = {};
-    p.shape = shape, p.masks = masks, p.pv = pv;
+    p.shape = shape, p.masks = masks, p.pv = pv, p.q = q.data;
     return attend_workspace_bytes(p);
   }
 
@@ -245,10 +245,12 @@ struct Problem {
           l(lse.count) {}
   };
 
-  AttendParams params(Result& r, Dtype dtype, bool portable) const {
+  // With queries as they are, of which attention makes codes, if `raw`.
+  AttendParams params(Result& r, Dtype dtype, bool portable, bool raw = false) const {
     AttendParams p = {};
     p.shape = shape, p.masks = masks, p.pv = pv, p.scale = scale, p.portable = portable;
     p.q8 = q8.data, p.q_scale = q_scale.data, p.lse_shift = lse_shift.data;
+    p.q = raw ? q.data : nullptr, p.q_dtype = Dtype::kBf16;
     p.k8 = k8.data, p.k_scale = k_scale.data;
     p.v_pv = v_pv.data, p.v_scale = v_scale.data, p.v_mean = v_mean.data;
     p.out_dtype = dtype;

@@ -1,4 +1,4 @@
-// Operands of the four operations as plain structs (docs/abi.md): what a handler fills in and a
+// Operands of the operations as plain structs (docs/abi.md): what a handler fills in and a
 // kernel reads. No FFI type and no CUDA type appears here, so every file of the project may include
 // it. All pointers are device pointers to dense row-major arrays; letters as in docs/abi.md.
 #pragma once
@@ -68,7 +68,7 @@ struct QuantizeQParams {
   AttentionShape shape;  // keys: unused
   Dtype q_dtype;
   const void* q;          // [B, T, N, H]
-  const float* k_mean;    // [B, K, Hp]
+  const float* k_mean;    // [B, K, Hp], or null: lse_shift is 0 then
   const int32_t* bounds;  // [B, 3]
   int q_block;            // tokens that share a scale: 1, 64 or 128
   float scale;
@@ -84,6 +84,8 @@ struct AttendParams {
   bool f16_accumulate;
   float scale;
   bool portable;  // take a warp-level kernel, to compare with
+  const void* q;  // [B, T, N, H] with q_dtype: queries to be quantized here, for `out` alone; or null, and what follows is given
+  Dtype q_dtype;
   const int8_t* q8;        // [B, N, T, Hp]
   const float* q_scale;    // [B, N, T]
   const float* lse_shift;  // [B, N, T]
@@ -94,7 +96,7 @@ struct AttendParams {
   const float* v_mean;     // [B, K, Hp], read for kE4m3
   Dtype out_dtype;
   void* out;        // [B, T, N, H]
-  float* lse;       // [B, N, T]
+  float* lse;       // [B, N, T]; of no use, like m and l, where q is not null
   float* m;         // [B, N, T]
   float* l;         // [B, N, T]
   void* workspace;  // attend_workspace_bytes(params), 256-byte aligned

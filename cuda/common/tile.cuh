@@ -26,9 +26,11 @@ struct SharedTile {
   // Where chunk `chunk` of row `row` lies. Two rows of 64 bytes, or four of 32, share the 128 bytes of all
   // banks.
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    const int twist = kRowBytes == 32 ? (row >> 2) & 1 : kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
     // The part of `chunk` that is not twisted stands apart: it becomes an immediate of the access.
-    return row * kRowBytes + (chunk & ~7) * kChunkBytes + (((chunk & 7) ^ twist) * kChunkBytes);
+    return row * kRowBytes + (chunk & ~7) * kChunkBytes + (((chunk & 7) ^ twist(row)) * kChunkBytes);
+  }
+  static __device__ __forceinline__ constexpr int twist(int row) {
+    return kRowBytes == 32 ? (row >> 2) & 1 : kRowBytes == 64 ? (row >> 1) & 3 : row & 7;
   }
 
   // Starts the copies of the whole tile from rows `stride` bytes apart (all rows within 2^32

@@ -1,4 +1,4 @@
-// XLA FFI handlers of the four operations (docs/abi.md, "CUDA extras"): check the buffers, fill in the
+// XLA FFI handlers of the 8-bit operations (docs/abi.md, "CUDA extras"): check the buffers, fill in the
 // parameter struct, launch on XLA's stream. Nothing is allocated and no device state is read, so XLA
 // may capture the calls in CUDA graphs and replay them.
 #include "handlers.h"
@@ -100,19 +100,59 @@ ffi::Error quantize_q_handler(Stream stream, Arg q, Arg k_mean, Arg bounds, Out 
   return finish("sage_jax_quantize_q", quantize_q(params, stream));
 }
 
+// Checks k8 and k_scale; the shape with what they say of it.
+AttentionShape key_shape(Check& check, AttentionShape shape, const Arg& k8, const Arg& k_scale) {
+  const int B = shape.batch, K = axis(k8, 1), S = axis(k8, 2), Hp = axis(k8, 3);
+  check.require(shape.head_dim <= Hp && (Hp == 64 || Hp == 128 || Hp == 256), "Hp must be 64, 128 or 256");
+  check.require(K > 0 && shape.heads % K == 0, "the query heads must be a multiple of the key/value heads");
+  check.buffer("k8", k8, {B, K, S, Hp}, {DataType::S8});
+  check.buffer("k_scale", k_scale, {B, K, tiles64(S)}, {DataType::F32});
+  shape.keys = S, shape.kv_heads = K, shape.padded_dim = Hp;
+  return shape;
+}
+
 // Checks q8, q_scale, k8, k_scale and gives the shape that all of attention shares.
 AttentionShape attention_shape(Check& check, const Arg& q8, const Arg& q_scale, const Arg& k8,
                                const Arg& k_scale, int head_dim) {
-  const int B = axis(q8, 0), N = axis(q8, 1), T = axis(q8, 2), Hp = axis(q8, 3);
-  const int K = axis(k8, 1), S = axis(k8, 2);
-  check.require(head_dim <= Hp && (Hp == 64 || Hp == 128 || Hp == 256),
-                "Hp must be 64, 128 or 256");
-  check.require(K > 0 && N % K == 0, "the query heads must be a multiple of the key/value heads");
-  check.buffer("q8", q8, {B, N, T, Hp}, {DataType::S8});
+  const int B = axis(q8, 0), N = axis(q8, 1), T = axis(q8, 2);
+  const AttentionShape shape = key_shape(check, {B, T, 0, N, 0, head_dim, 0}, k8, k_scale);
+  check.buffer("q8", q8, {B, N, T, shape.padded_dim}, {DataType::S8});
   check.buffer("q_scale", q_scale, {B, N, T}, {DataType::F32});
-  check.buffer("k8", k8, {B, K, S, Hp}, {DataType::S8});
-  check.buffer("k_scale", k_scale, {B, K, tiles64(S)}, {DataType::F32});
-  return {B, T, S, N, K, head_dim, Hp};
+  return shape;
+}
+
+// What attention takes besides queries.
+struct KeyOperands {
+  Arg k8, k_scale, v_pv, v_scale, v_mean;
+};
+
+// Their checks, and what follows from them.
+AttendParams attend_params(Check& check, const AttentionShape& shape, const KeyOperands& keys, const MaskOperands& masks,
+                           Out out, Out workspace, int32_t pv, int32_t f16_accumulate, float scale) {
+  const int64_t B = shape.batch, T = shape.queries, S = shape.keys, N = shape.heads, K = shape.kv_heads,
+                Hp = shape.padded_dim, S64 = tiles64(S);
+  AttendParams params = {};
+  check.require(pv >= 0 && pv <= 3, "pv must be 0 to 3");
+  if (check.failed()) return params;
+  const bool transposed = pv == 0 || pv == 3;
+  check.buffer("v_pv", keys.v_pv, transposed ? Shape{B, K, Hp, 64 * S64} : Shape{B, K, S, Hp}, {pv_type(pv)});
+  check.buffer("v_scale", keys.v_scale, pv == 3 ? Shape{B, K, S64} : Shape{B, K, Hp}, {DataType::F32});
+  check.buffer("v_mean", keys.v_mean, {B, K, Hp}, {DataType::F32});
+  check.buffer("out", *out, {B, T, N, shape.head_dim}, kFloats);
+  params.shape = shape;
+  params.masks = mask_params(check, masks, shape);
+  params.pv = static_cast<PvFormat>(pv);
+  params.f16_accumulate = f16_accumulate != 0;
+  params.scale = scale;
+  params.k8 = data<const int8_t>(keys.k8);
+  params.k_scale = data<const float>(keys.k_scale);
+  params.v_pv = data<const void>(keys.v_pv);
+  params.v_scale = data<const float>(keys.v_scale);
+  params.v_mean = data<const float>(keys.v_mean);
+  params.out_dtype = dtype_of(*out);
+  params.out = data<void>(*out);
+  params.workspace = data<void>(*workspace);
+  return params;
 }
 
 ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg k8, Arg k_scale,
@@ -121,48 +161,45 @@ ffi::Error attend_handler(Stream stream, Arg q8, Arg q_scale, Arg lse_shift, Arg
                           int32_t pv, int32_t f16_accumulate, float scale, int64_t window_left,
                           int64_t window_right, int32_t mask_tile) {
   Check check("sage_jax_attend");
-  check.require(pv >= 0 && pv <= 3, "pv must be 0 to 3");
-  if (check.failed()) return check.result();
   const AttentionShape shape =
       attention_shape(check, q8, q_scale, k8, k_scale, axis(*out, 3));
-  const int64_t B = shape.batch, T = shape.queries, S = shape.keys, N = shape.heads,
-                K = shape.kv_heads, Hp = shape.padded_dim, S64 = tiles64(S);
-  const bool transposed = pv == 0 || pv == 3;
+  const int64_t B = shape.batch, T = shape.queries, N = shape.heads;
+  AttendParams params = attend_params(check, shape, {k8, k_scale, v_pv, v_scale, v_mean},
+                                      {bounds, q_seg, kv_seg, mask, bias, window_left, window_right, mask_tile}, out,
+                                      workspace, pv, f16_accumulate, scale);
   check.buffer("lse_shift", lse_shift, {B, N, T}, {DataType::F32});
-  check.buffer("v_pv", v_pv, transposed ? Shape{B, K, Hp, 64 * S64} : Shape{B, K, S, Hp},
-               {pv_type(pv)});
-  check.buffer("v_scale", v_scale, pv == 3 ? Shape{B, K, S64} : Shape{B, K, Hp}, {DataType::F32});
-  check.buffer("v_mean", v_mean, {B, K, Hp}, {DataType::F32});
-  check.buffer("out", *out, {B, T, N, shape.head_dim}, kFloats);
   check.buffer("lse", *lse, {B, N, T}, {DataType::F32});
   check.buffer("m", *m, {B, N, T}, {DataType::F32});
   check.buffer("l", *l, {B, N, T}, {DataType::F32});
-
-  AttendParams params = {};
-  params.shape = shape;
-  params.masks =
-      mask_params(check, {bounds, q_seg, kv_seg, mask, bias, window_left, window_right, mask_tile}, shape);
-  params.pv = static_cast<PvFormat>(pv);
-  params.f16_accumulate = f16_accumulate != 0;
-  params.scale = scale;
   params.q8 = data<const int8_t>(q8);
   params.q_scale = data<const float>(q_scale);
   params.lse_shift = data<const float>(lse_shift);
-  params.k8 = data<const int8_t>(k8);
-  params.k_scale = data<const float>(k_scale);
-  params.v_pv = data<const void>(v_pv);
-  params.v_scale = data<const float>(v_scale);
-  params.v_mean = data<const float>(v_mean);
-  params.out_dtype = dtype_of(*out);
-  params.out = data<void>(*out);
   params.lse = data<float>(*lse);
   params.m = data<float>(*m);
   params.l = data<float>(*l);
-  params.workspace = data<void>(*workspace);
   if (check.failed()) return check.result();
   check_workspace(check, workspace, attend_workspace_bytes(params));
   if (check.failed()) return check.result();
   return finish("sage_jax_attend", attend(params, stream));
+}
+
+ffi::Error attend_queries_handler(Stream stream, Arg q, Arg k8, Arg k_scale, Arg v_pv, Arg v_scale, Arg v_mean, Arg bounds,
+                                  Arg q_seg, Arg kv_seg, Arg mask, Arg bias, Out out, Out workspace, int32_t pv,
+                                  int32_t f16_accumulate, float scale, int64_t window_left, int64_t window_right,
+                                  int32_t mask_tile) {
+  Check check("sage_jax_attend_queries");
+  const int B = axis(q, 0), T = axis(q, 1), N = axis(q, 2), H = axis(q, 3);
+  const AttentionShape shape = key_shape(check, {B, T, 0, N, 0, H, 0}, k8, k_scale);
+  AttendParams params = attend_params(check, shape, {k8, k_scale, v_pv, v_scale, v_mean},
+                                      {bounds, q_seg, kv_seg, mask, bias, window_left, window_right, mask_tile}, out,
+                                      workspace, pv, f16_accumulate, scale);
+  check.buffer("q", q, {B, T, N, H}, kFloats);
+  params.q = data<const void>(q);
+  params.q_dtype = dtype_of(q);
+  if (check.failed()) return check.result();
+  check_workspace(check, workspace, attend_workspace_bytes(params));
+  if (check.failed()) return check.result();
+  return finish("sage_jax_attend_queries", attend(params, stream));
 }
 
 ffi::Error attend_backward_handler(Stream stream, Arg q8, Arg q_scale, Arg k8, Arg k_scale,
@@ -252,6 +289,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SageQuantizeQCuda, sage::quantize_q_handler,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendCuda, sage::attend_handler,
                               (sage::bind<13, 5>()
+                                   .Attr<int32_t>("pv")
+                                   .Attr<int32_t>("f16_accumulate")
+                                   .Attr<float>("scale")
+                                   .Attr<int64_t>("window_left")
+                                   .Attr<int64_t>("window_right")
+                                   .Attr<int32_t>("mask_tile")),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SageAttendQueriesCuda, sage::attend_queries_handler,
+                              (sage::bind<11, 2>()
                                    .Attr<int32_t>("pv")
                                    .Attr<int32_t>("f16_accumulate")
                                    .Attr<float>("scale")

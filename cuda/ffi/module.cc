@@ -22,6 +22,7 @@ nb::dict registrations() {
   handlers["sage_jax_quantize_kv"] = capsule(SageQuantizeKvCuda);
   handlers["sage_jax_quantize_q"] = capsule(SageQuantizeQCuda);
   handlers["sage_jax_attend"] = capsule(SageAttendCuda);
+  handlers["sage_jax_attend_queries"] = capsule(SageAttendQueriesCuda);
   handlers["sage_jax_attend_backward"] = capsule(SageAttendBackwardCuda);
   handlers["sage_jax_quantize_kv_fp4"] = capsule(SageQuantizeKvFp4Cuda);
   handlers["sage_jax_quantize_q_fp4"] = capsule(SageQuantizeQFp4Cuda);

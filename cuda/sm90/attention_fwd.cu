@@ -7,7 +7,7 @@ namespace {
 template <class Values, int kHeadDim>
 constexpr ForwardKernel entry() {
   return {90, Values::kFormat, false, kHeadDim,
-          &sm90::launch_attention_fwd<sm90::ForwardConfig<Values, kHeadDim>>};
+          &sm90::launch_attention_fwd<sm90::ForwardConfig<Values, kHeadDim>>, true};
 }
 
 constexpr ForwardKernel kKernels[] = {

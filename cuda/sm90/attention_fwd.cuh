@@ -17,6 +17,7 @@
 #include "sm90/forward_config.cuh"
 #include "sm90/forward_consumer.cuh"
 #include "sm90/forward_finish.cuh"
+#include "sm90/forward_queries.cuh"
 #include "sm90/forward_stream.cuh"
 #include "sm90/forward_values.cuh"
 #include "sm90/store_tiles.cuh"
@@ -31,13 +32,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const uint32_t base = ptx::shared_address(shared);
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&call.q, &call.k, &call.v}) ptx::prefetch_tensor_map(map);
+    const int writers = call.p.q == nullptr ? 0 : QueryWriter<Config>::kArrivals;
     for (int i = 0; i < Config::kStages; ++i) {
       ptx::mbarrier_init(base + Config::full(i), 1);
       ptx::mbarrier_init(base + Config::k_empty(i), 4 * Config::kGroups);
       ptx::mbarrier_init(base + Config::v_empty(i), 4 * Config::kGroups);
     }
     for (int i = 0; i < Config::kSlots; ++i) {
-      ptx::mbarrier_init(base + Config::slot_full(i), kWarpSize);
+      ptx::mbarrier_init(base + Config::slot_full(i), kWarpSize + writers);
       // All lanes arrive, for compute-sanitizer's racecheck: see sm90/backward_work.cuh.
       ptx::mbarrier_init(base + Config::rows_done(i), 128 * Config::kGroups);
       ptx::mbarrier_init(base + Config::slot_empty(i), kWarpSize);
@@ -48,11 +50,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ptx::fence_proxy_async_shared();
   __syncthreads();
   const int group = static_cast<int>(ptx::uniform(threadIdx.x / 128));
+  if (call.p.q != nullptr && group > 0) QueryWriter<Config>(call, shared).first(static_cast<int>(threadIdx.x) / kWarpSize - 4);
   if (group == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     const int warp = static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize));
     if (warp == 0) Producer<Config>(call, shared).run();
-    if (warp == 1) Finisher<Config>(call, shared).run();
+    if (warp == 1 && call.p.q == nullptr) Finisher<Config>(call, shared).run();
+    if (warp > 0 && call.p.q != nullptr) QueryWriter<Config>(call, shared).run(warp - 1);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config>(call, shared, group - 1).run();
@@ -75,8 +79,10 @@ const char* launch_attention_fwd(const AttendParams& params, Stream stream) {
       plan_row_blocks(call.work, s, params.masks, Config::kRows, Config::kGroups, head_bytes, multiprocessors());
   if (error != nullptr) return error;
   constexpr int kHeadDim = Config::kHeadDim;
-  error = encode_tensor_map(
-      call.q, {params.q8, 1, kHeadDim, s.queries, planes, kHeadDim, Config::kRows});
+  if (params.q == nullptr) {
+    error = encode_tensor_map(
+        call.q, {params.q8, 1, kHeadDim, s.queries, planes, kHeadDim, Config::kRows});
+  }
   if (error == nullptr) {
     error = encode_tensor_map(call.k,
                               {params.k8, 1, kHeadDim, s.keys, kv_planes, kHeadDim, Config::kKeys});

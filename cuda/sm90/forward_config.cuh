@@ -1,6 +1,8 @@
 // Sizes, shared-memory map and barriers of the forward kernel of Hopper.
 #pragma once
 
+#include <cstddef>
+
 #include "common/params.h"
 #include "common/scale.cuh"
 #include "sm90/forward_stream.cuh"
@@ -97,6 +99,9 @@ struct ForwardConfig {
   }
   static __device__ Slot* slots(unsigned char* shared) {
     return reinterpret_cast<Slot*>(shared + kSlotsAt);
+  }
+  static __device__ int scale(int slot) {
+    return kSlotsAt + slot * static_cast<int>(sizeof(Slot)) + static_cast<int>(offsetof(Slot, scale));
   }
   static __device__ int full(int stage) { return kBarriersAt + 8 * stage; }
   static __device__ int k_empty(int stage) { return full(stage) + 8 * kStages; }

@@ -422,7 +422,12 @@ class Consumer {
       const int64_t first = ((static_cast<int64_t>(b) * params_.shape.queries + row) * params_.shape.heads + n) *
                             params_.shape.head_dim;
       store_rows<kHeadDim>(
-          warp_region(), [&](int n) { return seen_only(outputs(n), factor); }, params_.out, params_.out_dtype, first,
+          warp_region(),
+          [&](int n) {
+            if (n == kHeadDim / 32) __syncwarp();  // as in `outputs`
+            return seen_only(outputs(n), factor);
+          },
+          params_.out, params_.out_dtype, first,
           params_.shape.queries - row, static_cast<int64_t>(params_.shape.heads) * params_.shape.head_dim,
           params_.shape.head_dim);
     }

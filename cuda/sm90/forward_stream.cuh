@@ -84,7 +84,7 @@ class Producer {
     float q[kQ];
     const int64_t first = static_cast<int64_t>(plane) * p.shape.queries + work.row + lane();
 #pragma unroll
-    for (int i = 0; i < kQ; ++i) {
+    for (int i = 0; i < kQ && p.q == nullptr; ++i) {
       const bool inside = work.row + lane() + i * kWarpSize < p.shape.queries;
       q[i] = inside ? p.q_scale[first + i * kWarpSize] : 0.0f;
     }
@@ -97,7 +97,8 @@ class Producer {
     }
     const int slot_index = count_ % Config::kSlots;
     Slot& slot = Config::slots(shared_)[slot_index];
-    ptx::mbarrier_wait(base_ + Config::slot_empty(slot_index), (count_ / Config::kSlots & 1) ^ 1);
+    const uint32_t empty = p.q == nullptr ? Config::slot_empty(slot_index) : Config::rows_done(slot_index);
+    ptx::mbarrier_wait(base_ + empty, (count_ / Config::kSlots & 1) ^ 1);
     ++count_;
     if (lane() == 0) {
       slot.mask = Mask(p.shape, p.masks, p.workspace, work.b, work.n);
@@ -106,9 +107,9 @@ class Producer {
       slot.kv_plane = kv_plane_;
     }
 #pragma unroll
-    for (int i = 0; i < kQ; ++i) slot.scale[lane() + i * kWarpSize] = q[i];
+    for (int i = 0; i < kQ && p.q == nullptr; ++i) slot.scale[lane() + i * kWarpSize] = q[i];
     const uint32_t full = base_ + Config::slot_full(slot_index);
-    if (lane() == 0) {
+    if (lane() == 0 && p.q == nullptr) {
       ptx::mbarrier_arrive_expect_tx(full, Config::kQueryBytes);
       ptx::cp_async_bulk_tensor_3d(base_ + Config::queries(slot_index), &call_.q, full, 0, work.row,
                                    plane);

@@ -96,6 +96,8 @@ AttendParams = _struct(
     ("f16_accumulate", _bool),
     ("scale", _float),
     ("portable", _bool),
+    ("q", _pointer),
+    ("q_dtype", _int),
     *_fields(_pointer, "q8 q_scale lse_shift k8 k_scale v_pv v_scale v_mean"),
     ("out_dtype", _int),
     *_fields(_pointer, "out lse m l workspace"),
@@ -261,25 +263,41 @@ def quantize_q(q, k_mean, bounds, *, q_block, scale):
     return tuple(array for _, array in results)
 
 
-def attend(
+def _attention(
     qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype,
     mask_tile=1,
 ):  # fmt: skip
-    """As `sage_jax.reference.attend`, on the simulator."""
-    batch, heads, queries, padded = qq.q8.shape
+    """The parameters of an attention on the simulator, what keeps their arrays, and its results."""
+    raw = hasattr(qq, "ndim")
+    batch, heads, queries = (qq.shape[0], qq.shape[2], qq.shape[1]) if raw else qq.q8.shape[:3]
+    padded = kv.k8.shape[3]
     kv_heads, keys = kv.k8.shape[1:3]
     shape = Shape(batch, queries, keys, heads, kv_heads, head_dim, padded)
     a = Arrays()
     rows = (batch, heads, queries)
     results = [a.output((batch, queries, heads, head_dim), out_dtype)]
-    results += [a.output(rows, F32) for _ in range(3)]
+    results += [] if raw else [a.output(rows, F32) for _ in range(3)]
     given = mask_params(a, masks, window_left, window_right, mask_tile)
     params = AttendParams(
         shape, given, PV[pv], f16_accumulate, scale, False,
-        *(a.input(x) for x in (*qq, kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean)),
-        DTYPES[np.dtype(out_dtype).name], *(address for address, _ in results), None,
+        *((a.input(qq), DTYPES[np.asarray(qq).dtype.name], None, None, None) if raw
+          else (None, 0, *(a.input(x) for x in qq))),
+        *(a.input(x) for x in (kv.k8, kv.k_scale, kv.v_pv, kv.v_scale, kv.v_mean)),
+        DTYPES[np.dtype(out_dtype).name], *(address for address, _ in results), *[None] * 3 * raw, None,
     )  # fmt: skip
+    return params, a, tuple(array for _, array in results)
+
+
+def workspace_bytes(*args, **kwargs) -> int:
+    """Length of the workspace of `attend` with these arguments."""
+    params, _, _ = _attention(*args, **kwargs)
+    return library().sim_attend_workspace_bytes(ctypes.byref(params))
+
+
+def attend(*args, **kwargs):
+    """As `sage_jax.reference.attend`, on the simulator. With queries as they are [B, T, N, H] for qq (out,) alone."""
+    params, a, results = _attention(*args, **kwargs)
     size = library().sim_attend_workspace_bytes(ctypes.byref(params))
     params.workspace = a.output((size,), np.uint8)[0]
     run("attend", params, a)
-    return tuple(array for _, array in results)
+    return results
