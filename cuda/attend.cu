@@ -57,9 +57,9 @@ struct QueryRoom {
 
 // Whether the kernel takes these queries as they are.
 bool quantizes(const ForwardKernel& kernel, const AttendParams& p) {
-  // It counts in eights of elements.
+  // A thread of it has sixteen channels, and it counts in eights of elements.
   const int64_t elements = static_cast<int64_t>(p.shape.batch) * p.shape.queries * p.shape.heads * p.shape.head_dim;
-  return kernel.quantizes_queries && p.q_dtype != Dtype::kF32 && p.shape.head_dim % 8 == 0 && elements / 8 <= UINT32_MAX;
+  return kernel.quantizes_queries && p.q_dtype != Dtype::kF32 && p.shape.head_dim % 16 == 0 && elements / 8 <= UINT32_MAX;
 }
 
 // Codes of queries, with a scale for each token, for kernels that take those.

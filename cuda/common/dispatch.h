@@ -12,7 +12,7 @@ struct ForwardKernel {
   bool f16_accumulate;
   int padded_dim;
   const char* (*launch)(const AttendParams&, Stream);
-  bool quantizes_queries = false;  // of 16 bits, whose head dimension is a multiple of 8
+  bool quantizes_queries = false;  // of 16 bits, whose head dimension is a multiple of 16
 };
 
 struct ForwardTable {

@@ -93,6 +93,13 @@ __device__ __forceinline__ int opaque_thread() {
   return x;
 }
 
+// The number of blocks, likewise, of a grid of one axis: `opaque(gridDim.x)` would be read early and wait for its use.
+__device__ __forceinline__ int opaque_blocks() {
+  int x;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(x));
+  return x;
+}
+
 // True for every kernel parameter `size` that is not negative, but ptxas cannot know. It loads ahead
 // as far as it can, until other registers spill, and stops at a branch (on sm_120 not at
 // __syncwarp()). `place` differs from place to place, lest ptxas join them.

@@ -62,13 +62,16 @@ __device__ __forceinline__ void quantize_group(const QuantizeQParams& p, const Q
   const int channel = Rows::channel(), token = group * Config::kTokens + Rows::row();
   const int64_t first = at.plane * p.shape.queries + token;
   float shifts[Config::kPerThread];
-  const float scale = quantize_tokens<Rows::kThreadsPerToken>(
-      pieces,
+  const float scale = quantize_tokens<typename Config::Piece, Config::kPerThread, Rows::kThreadsPerToken>(
+      [&](int i) { return pieces[i].magnitude(); },
       [&](float largest) {
         if constexpr (Config::kPerToken) return largest;
         return block_max<Rows::kThreads>(largest, scratch);
       },
-      [&](int i, const float(&x)[kChannels], uint2 codes) {
+      [&](int i, float inverse) {
+        float x[kChannels];
+        pieces[i].unpack(x);
+        const uint2 codes = int8_codes(x, inverse);
         shifts[i] = 0.0f;
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) shifts[i] = fmaf(x[c], mean[c], shifts[i]);

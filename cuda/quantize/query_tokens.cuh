@@ -17,28 +17,24 @@ __device__ __forceinline__ void load_tokens(Piece (&pieces)[kPerThread], const v
   }
 }
 
-// Quantizes the tokens whose pieces kThreadsPerToken neighbouring threads hold. largest(x): what a token's scale is for, where
-// x is its largest magnitude. codes(i, x, c) takes eight channels of the thread's i-th token, which may not be finite, and their
-// codes. Returns, to threads i < kPerThread of a token's, the scale of its i-th: a NaN where the token is not finite.
-template <int kThreadsPerToken, class Piece, int kPerThread, class Largest, class Codes>
-__device__ __forceinline__ float quantize_tokens(const Piece (&pieces)[kPerThread], const Largest& largest,
-                                                 const Codes& codes) {
+// Finds the scales of tokens whose channels kThreadsPerToken neighbouring threads hold, kPerThread tokens each in a `Piece` or
+// several. magnitude(i): that of the thread's share of its i-th token. largest(x): what the token's scale is for, where x is its
+// largest magnitude. write(i, inverse): for each i in turn, with the inverse of that token's scale, or 0 where the token is not
+// finite: the codes of its channels, each times that, are 0 then (int8_codes). Returns, to threads i < kPerThread of a token's,
+// the scale of its i-th: a NaN where that is not finite.
+template <class Piece, int kPerThread, int kThreadsPerToken, class Magnitude, class Largest, class Write>
+__device__ __forceinline__ float quantize_tokens(const Magnitude& magnitude, const Largest& largest, const Write& write) {
   // Of the thread's tokens each lane finds the scale of one: the others' come from the lanes beside it.
   uint32_t magnitudes[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) magnitudes[i] = pieces[i].magnitude();
-  const uint32_t magnitude = combine_lanes<kThreadsPerToken>(
+  for (int i = 0; i < kPerThread; ++i) magnitudes[i] = magnitude(i);
+  const uint32_t most = combine_lanes<kThreadsPerToken>(
       magnitudes, [](uint32_t a, uint32_t b) { return Piece::larger(a, b); });
-  const bool finite = Piece::finite(magnitude);
-  const GroupScale scale = group_scale(largest(finite ? Piece::value(magnitude) : 0.0f), 127.0f);
-  const float own_inverse = finite ? scale.inverse : 0.0f;  // times NaN and Inf NaN, whose code is 0
+  const bool finite = Piece::finite(most);
+  const GroupScale scale = group_scale(largest(finite ? Piece::value(most) : 0.0f), 127.0f);
+  const float own_inverse = finite ? scale.inverse : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const float inverse = __shfl_sync(kFullWarp, own_inverse, i, kPerThread);
-    float x[kChannels];
-    pieces[i].unpack(x);
-    codes(i, x, int8_codes(x, inverse));
-  }
+  for (int i = 0; i < kPerThread; ++i) write(i, __shfl_sync(kFullWarp, own_inverse, i, kPerThread));
   return finite ? scale.scale : NAN;
 }
 

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int warp = static_cast<int>(ptx::uniform(threadIdx.x / kWarpSize));
     if (warp == 0) Producer<Config>(call, shared).run();
     if (warp == 1 && call.p.q == nullptr) Finisher<Config>(call, shared).run();
-    if (warp > 0 && call.p.q != nullptr) QueryWriter<Config>(call, shared).run(warp - 1);
+    if (warp > 0 && call.p.q != nullptr) QueryWriter<Config>(call, shared).run();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config>(call, shared, group - 1).run();

@@ -17,9 +17,10 @@ namespace sage::sm90 {
 template <class Config>
 class QueryWriter {
   static constexpr int kHeadDim = Config::kHeadDim;
-  static constexpr int kThreadsPerToken = kHeadDim / kChannels, kAtOnce = kWarpSize / kThreadsPerToken;
+  static constexpr int kWidth = 2 * kChannels;  // channels of a thread, of each of its rows
+  static constexpr int kThreadsPerToken = kHeadDim / kWidth, kAtOnce = kWarpSize / kThreadsPerToken;
   static constexpr int kWarps = 3;
-  static constexpr int kPieces = 4;   // of a thread at the same time, each of another row: more do not fit its registers
+  static constexpr int kTokens = 2;   // rows of a thread at the same time: more do not fit its registers
   static constexpr int kPart = 16;    // rows that a warp of consumers begins with
   static constexpr int kBarrier = 8;  // nothing else in the kernel uses it
   using Codes = SharedTile<Config::kRows, kHeadDim>;
@@ -30,12 +31,12 @@ class QueryWriter {
   __device__ QueryWriter(const ForwardCall& call, unsigned char* shared)
       : call_(call), shared_(shared), base_(ptx::shared_address(shared)) {}
 
-  // The row blocks after the first, by warp `warp` of three.
-  __device__ __forceinline__ void run(int warp) {
+  // The row blocks after the first, by warps 1 to 3 of the block.
+  __device__ __forceinline__ void run() {
     if (call_.p.q_dtype == Dtype::kBf16) {
-      later<Piece<Dtype::kBf16>>(warp);
+      later<Piece<Dtype::kBf16>>();
     } else {
-      later<Piece<Dtype::kF16>>(warp);
+      later<Piece<Dtype::kF16>>();
     }
   }
 
@@ -62,13 +63,14 @@ class QueryWriter {
   };
 
   __device__ __forceinline__ static int lane() { return ptx::opaque_thread() % kWarpSize; }
-  __device__ __forceinline__ static int channel() { return lane() % kThreadsPerToken * kChannels; }
+  __device__ __forceinline__ static int writer() { return ptx::opaque_thread() / kWarpSize - 1; }
+  __device__ __forceinline__ static int channel() { return lane() % kThreadsPerToken * kWidth; }
 
   // The block's turn-th.
   __device__ __forceinline__ Rows row_block(int turn) const {
     const AttentionShape& s = call_.p.shape;
     // Opaque, as more here: nothing that follows from it is to wait in a register.
-    const int item = call_.work.item(turn, ptx::opaque(static_cast<int>(blockIdx.x)), static_cast<int>(gridDim.x));
+    const int item = call_.work.item(turn, ptx::opaque(static_cast<int>(blockIdx.x)), ptx::opaque_blocks());
     if (item < 0) return {};
     const RowBlock block = call_.work.plan.at(s, item, Config::kRows);
     const int64_t begin = ((static_cast<int64_t>(block.b) * s.queries + block.row) * s.heads + block.n) * s.head_dim;
@@ -77,7 +79,7 @@ class QueryWriter {
   }
 
   template <class Piece>
-  __device__ __forceinline__ void later(int warp) {
+  __device__ __forceinline__ void later() {
     Rows known = {};  // of the lane's turn among the 32 at hand: to find a row block takes many divisions
     const auto known_of = [&](int lane) -> Rows {
       return {__shfl_sync(kFullWarp, known.begin, lane), __shfl_sync(kFullWarp, known.both, lane)};
@@ -88,9 +90,9 @@ class QueryWriter {
       if (at == 0) known = row_block(turn + lane());
       const Rows rows = known_of(at);
       if (rows.count() == 0) return;
-      ask_for(rows, ptx::opaque(warp));
-      constexpr int kStep = kPieces * kAtOnce;
-      write<Piece, kPieces>(rows, slot, ptx::opaque(warp) * kStep, Config::kRows, kWarps * kStep, [&] {
+      ask_for(rows);
+      constexpr int kStep = kTokens * kAtOnce;
+      write<Piece, kTokens>(rows, slot, writer() * kStep, Config::kRows, kWarps * kStep, [&] {
         ptx::mbarrier_wait(base_ + Config::rows_done(slot), (turn / Config::kSlots & 1) ^ 1);
       });
       ptx::fence_proxy_async_shared();
@@ -103,13 +105,13 @@ class QueryWriter {
   }
 
   // Has a row block's queries come to the L2 cache.
-  __device__ __forceinline__ void ask_for(const Rows& rows, int warp) const {
+  __device__ __forceinline__ void ask_for(const Rows& rows) const {
     constexpr int kLine = 64, kLines = kHeadDim / kLine;  // channels; of a row
     const AttentionShape& s = call_.p.shape;
     const int stride = s.heads * s.head_dim;
     const auto* const from = queries(rows);
 #pragma unroll 1
-    for (int line = warp * kWarpSize + lane(); line < rows.count() * kLines; line += kWarps * kWarpSize) {
+    for (int line = writer() * kWarpSize + lane(); line < rows.count() * kLines; line += kWarps * kWarpSize) {
       const int channel = line % kLines * kLine;
       if (channel < s.head_dim) ptx::prefetch_global_l2(from + line / kLines * stride + channel);
     }
@@ -125,34 +127,43 @@ class QueryWriter {
     // As many rows count from the first on; the others, and channels beyond the head dimension, are zeros.
     int left = (channel() < s.head_dim ? min(rows.valid(), end) : 0) - first;
     const auto* from = queries(rows) + first * stride + channel();
-    Piece pieces[kCount];
-    const auto load = [&](int i, Piece& piece) {
-      ptx::load_global_or_zero(piece.words, from + i * kAtOnce * stride, i * kAtOnce < left);
+    struct Share {  // of a row
+      Piece low, high;
+    };
+    Share rows_at_hand[kCount];
+    const auto load = [&](int i, Share& share) {
+      const auto* const at = from + i * kAtOnce * stride;
+      ptx::load_global_or_zero(share.low.words, at, i * kAtOnce < left);
+      ptx::load_global_or_zero(share.high.words, at + kChannels, i * kAtOnce < left);
     };
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) load(i, pieces[i]);
-    uint32_t codes = base_ + Config::queries(slot) + Codes::offset(first, channel() / kChunkBytes) + channel() % kChunkBytes;
+    for (int i = 0; i < kCount; ++i) load(i, rows_at_hand[i]);
+    uint32_t codes = base_ + Config::queries(slot) + Codes::offset(first, channel() / kChunkBytes);
     const int own = lane() % kThreadsPerToken;  // the thread finds the scale of its own-th token, if it has as many
     uint32_t scale_at = base_ + Config::scale(slot) + (first + own * kAtOnce) * static_cast<int>(sizeof(float));
     wait();
 #pragma unroll 1
     for (int row = begin; row < end; row += step) {
-      // The next rows' pieces come while this one's codes are written: some into registers of their own, the others
-      // into those that are free by then.
+      // The next rows come while the codes of these are written: the last into registers of their own, the others into those
+      // that are free by then.
       from += step * stride;
       left -= step;
-      constexpr int kEarly = kHeadDim / 64;
-      Piece early[kEarly];
-#pragma unroll
-      for (int i = 0; i < kEarly; ++i) load(kCount - kEarly + i, early[i]);
-      const float scale = quantize_tokens<kThreadsPerToken>(
-          pieces, [](float largest) { return largest; },
-          [&](int i, const float(&)[kChannels], uint2 eight) {
-            ptx::store_shared((codes ^ Codes::twist(i * kAtOnce) * kChunkBytes) + i * kAtOnce * kHeadDim, eight);
-            if (i < kCount - kEarly) load(i, pieces[i]);
+      Share last;
+      load(kCount - 1, last);
+      const float scale = quantize_tokens<Piece, kCount, kThreadsPerToken>(
+          [&](int i) { return Piece::larger(rows_at_hand[i].low.magnitude(), rows_at_hand[i].high.magnitude()); },
+          [](float largest) { return largest; },
+          [&](int i, float inverse) {
+            float x[kChannels];
+            rows_at_hand[i].low.unpack(x);
+            const uint2 low = int8_codes(x, inverse);
+            rows_at_hand[i].high.unpack(x);
+            const uint2 high = int8_codes(x, inverse);
+            ptx::store_shared((codes ^ Codes::twist(i * kAtOnce) * kChunkBytes) + i * kAtOnce * kHeadDim,
+                              make_uint4(low.x, low.y, high.x, high.y));
+            if (i < kCount - 1) load(i, rows_at_hand[i]);
           });
-#pragma unroll
-      for (int i = 0; i < kEarly; ++i) pieces[kCount - kEarly + i] = early[i];
+      rows_at_hand[kCount - 1] = last;
       if (own < kCount) ptx::store_shared(scale_at, scale);
       codes += step * kHeadDim;
       scale_at += step * static_cast<int>(sizeof(float));

@@ -55,6 +55,8 @@ inline int opaque(int x) { return x; }
 
 inline int opaque_thread() { return static_cast<int>(threadIdx.x); }
 
+inline int opaque_blocks() { return static_cast<int>(gridDim.x); }
+
 inline bool always(int, int) { return true; }
 
 }  // namespace sage::ptx
