@@ -57,9 +57,11 @@ struct QueryRoom {
 
 // Whether the kernel takes these queries as they are.
 bool quantizes(const ForwardKernel& kernel, const AttendParams& p) {
-  // A thread of it has sixteen channels, and it counts in eights of elements.
-  const int64_t elements = static_cast<int64_t>(p.shape.batch) * p.shape.queries * p.shape.heads * p.shape.head_dim;
-  return kernel.quantizes_queries && p.q_dtype != Dtype::kF32 && p.shape.head_dim % 16 == 0 && elements / 8 <= UINT32_MAX;
+  // A thread of it has sixteen channels. Row blocks are counted in eights of elements, and are not larger than 2^31 bytes.
+  const int64_t stride = static_cast<int64_t>(p.shape.heads) * p.shape.head_dim;
+  const int64_t elements = stride * p.shape.batch * p.shape.queries;
+  return kernel.quantizes_queries && p.q_dtype != Dtype::kF32 && p.shape.head_dim % 16 == 0 && stride <= 1 << 22 &&
+         elements / 8 <= UINT32_MAX;
 }
 
 // Codes of queries, with a scale for each token, for kernels that take those.
