@@ -22,6 +22,7 @@ from sage_jax import fp4_formats as fp4
 from sage_jax import masking
 from sage_jax import quantization as qz
 from sage_jax.fp4_formats import Blocks
+from sage_jax.exponentials import exp2_below
 from sage_jax.masking import TILE, Masks
 from sage_jax.recipe import padded_head_dim
 from sage_jax.reference import (
@@ -30,7 +31,6 @@ from sage_jax.reference import (
     LOG2E,
     _by_head,
     _dot,
-    _exp2_below,
     _group,
     _heads_first,
     _products,
@@ -203,7 +203,7 @@ def attend(
     """
     s, poisoned = _scores(qq, kv, masks, fmt, scale, window_left, window_right)
     m = jnp.max(s, axis=-1, initial=-jnp.inf)
-    l = jnp.sum(_exp2_below(s, m[..., None]), axis=-1)
+    l = jnp.sum(exp2_below(s, m[..., None]), axis=-1)
     accumulated = _probabilities_times_values(s, m, kv, fmt)
     # rows of E/l sum to one, so the mean that V lost comes back as it is
     out = accumulated / jnp.where(l == 0, 1.0, l)[..., None] + kv.v_mean[:, :, None, None, :]
@@ -252,8 +252,8 @@ def _probabilities_times_values(s, m, kv, fmt):
     s = jnp.pad(s, ((0, 0),) * 4 + ((0, missing),), constant_values=-jnp.inf)
     s = _tiles(s, 4)  # [B, K, G, T, tiles, 64]
     top = lax.cummax(jnp.max(s, axis=-1), axis=4)
-    weight = _exp2_below(top, m[..., None]) / P_TOP * kv.v_tensor[:, :, None, None, None]
-    p = fp4.scaled(*fp4.rounded(_exp2_below(s, top[..., None]) * P_TOP, fmt), fmt)
+    weight = exp2_below(top, m[..., None]) / P_TOP * kv.v_tensor[:, :, None, None, None]
+    p = fp4.scaled(*fp4.rounded(exp2_below(s, top[..., None]) * P_TOP, fmt), fmt)
     v = jnp.swapaxes(fp4.dequantize(kv.v, fmt), -1, -2)
     return jnp.sum(_products(p, _tiles(v, 2)) * weight[..., None], axis=4)
 

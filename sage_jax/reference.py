@@ -17,6 +17,7 @@ from jax import lax
 
 from sage_jax import masking
 from sage_jax import quantization as qz
+from sage_jax.exponentials import bounded_references, exp2_below, exponentials
 from sage_jax.masking import TILE
 from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import padded_head_dim
@@ -189,14 +190,9 @@ def _by_head(x, kv_heads):
     return x[:, :, None] if x.shape[1] == 1 else _group(x, kv_heads)
 
 
-def _exp2_below(s, top):
-    """2^(s − top), 0 where s is −inf (also for rows that see nothing)."""
-    return jnp.where(s == -jnp.inf, 0.0, jnp.exp2(s - jnp.where(top == -jnp.inf, 0.0, top)))
-
-
 def attend(
     qq, kv, masks, *, pv, f16_accumulate, scale, window_left, window_right, head_dim, out_dtype, key_tile=TILE,
-    bounded=False,
+    bounded=False, interpolated=False,
 ):  # fmt: skip
     """Attention over quantized operands (`docs/abi.md`, section 3).
 
@@ -204,7 +200,9 @@ def attend(
       key_tile: keys, a multiple of 64, after which a kernel looks for a new running maximum. Every value follows the
         contract; kernels are compared with the specification at their own.
       bounded: as in the kernel of sm_90 for e4m3, whose sums have 16 bits: probabilities take a factor of 64, not 256,
-        and references rise above running maxima where they add up to much (`_bounded_references`).
+        and references rise above running maxima where they add up to much (`exponentials.bounded_references`).
+      interpolated: with key_tile 128 and `bounded`, as in that kernel where it quantizes queries itself and gives `out` alone:
+        exponentials of the second 64 of 128 keys are interpolated (`exponentials.interpolated_exp2`), and l is their sum.
 
     Returns:
       out [B, T, N, H] in out_dtype; lse, m, l: float32 [B, N, T].
@@ -212,8 +210,9 @@ def attend(
     kv_heads = kv.k8.shape[1]
     s, seen, poisoned = _scores(qq, kv, masks, scale, window_left, window_right)
     m = jnp.max(s, axis=-1, initial=-jnp.inf)
-    l = jnp.sum(_exp2_below(s, m[..., None]), axis=-1)
-    accumulated = _probabilities_times_values(s, m, kv, pv, f16_accumulate, key_tile // TILE, bounded)
+    accumulated, l = _probabilities_times_values(s, m, kv, pv, f16_accumulate, key_tile // TILE, bounded, interpolated)
+    if not interpolated:
+        l = jnp.sum(exp2_below(s, m[..., None]), axis=-1)
     out = accumulated / jnp.where(l == 0, 1.0, l)[..., None]
     if pv == "e4m3":
         out = out + jnp.where(l[..., None] == 0, 0.0, kv.v_mean[:, :, None, None, :])
@@ -224,8 +223,8 @@ def attend(
     return out, _ungroup(lse), _ungroup(m), _ungroup(l)
 
 
-def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once, bounded):
-    """Σ_j P_ij V_j with the recipe's formats, dequantized but not divided by l: float32 [B, K, G, T, Hp].
+def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once, bounded, interpolated):
+    """Σ_j P_ij V_j with the recipe's formats, dequantized but not divided by l, and Σ_j E_ij: float32 [B, K, G, T, Hp] and [B, K, G, T].
 
     Probabilities of `at_once` tiles of 64 keys are rounded relative to the row's maximum so far (int8: to the tile's own
     maximum) and the tile's products weighed by 2^(that maximum − m), as an online softmax does.
@@ -238,9 +237,11 @@ def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once, bounded):
         number = top.shape[4]
         last = np.minimum(np.arange(number) // at_once * at_once + at_once, number) - 1
         top = lax.cummax(top, axis=4)[..., last]
-        top = _bounded_references(s, top, at_once) if bounded else top
-    weight = _exp2_below(top, m[..., None])
-    e = _exp2_below(s, top[..., None])
+        top = bounded_references(s, top, at_once, interpolated) if bounded else top
+    weight = exp2_below(top, m[..., None])
+    second_of_two = np.arange(s.shape[4])[:, None] % 2 == 1
+    e = exponentials(s, top[..., None], interpolated & second_of_two)
+    l = jnp.sum(jnp.sum(e, axis=-1) * weight, axis=4)
     if pv in ("f16", "bf16"):
         p, v = e.astype(kv.v_pv.dtype), kv.v_pv
     elif pv == "int8":
@@ -252,38 +253,7 @@ def _probabilities_times_values(s, m, kv, pv, f16_accumulate, at_once, bounded):
         weight = weight / p_scale
     tiles = _half_precision_products if f16_accumulate else _products
     out = jnp.sum(tiles(p, _tiles(v, 2)) * weight[..., None], axis=4)
-    return out if pv == "int8" else out * kv.v_scale[:, :, None, None, :]
-
-
-def _bounded_references(s, top, at_once):
-    """What probabilities are relative to, [B, K, G, T, tiles], where 16-bit sums must not overflow.
-
-    The maximum so far, `top`; but 2 more than before where the probabilities that one of a row's four threads has seen (it
-    holds two of each eight keys) add up to more than 32. All starts again after 2048 keys, whose sums go to float32 ones
-    (`kMostProbability` and `kExactKeys` in cuda/sm90/forward_values.cuh; tiles that no row sees do not count there).
-    """
-    tiles = s.shape[4]
-    s = jnp.pad(s, ((0, 0),) * 4 + ((0, -tiles % at_once), (0, 0)), constant_values=-jnp.inf)
-    s = s.reshape(*s.shape[:4], -1, at_once * TILE // 8, 4, 2)
-    top_of_step = top[..., ::at_once]
-    before = jnp.pad(top_of_step[..., :-1], ((0, 0),) * 4 + ((1, 0),), constant_values=-jnp.inf)
-    starts = np.arange(s.shape[4]) % (2048 // (at_once * TILE)) == 0
-
-    def step(state, tile):
-        reference, sums = state
-        scores, highest, highest_before, starts = tile
-        reference = jnp.where(starts, highest_before, reference)
-        sums = jnp.where(starts, 0.0, sums)
-        floor = jnp.where(jnp.max(sums, axis=-1) > 32.0, reference + 2.0, reference)
-        now = jnp.maximum(floor, highest)
-        sums = sums * _exp2_below(reference, now)[..., None]
-        sums = sums + jnp.sum(_exp2_below(scores, now[..., None, None, None]), axis=(-3, -1))
-        return (now, sums), now
-
-    start = jnp.full(top.shape[:4], -jnp.inf, F32), jnp.zeros((*top.shape[:4], 4), F32)
-    steps = *(jnp.moveaxis(x, 4, 0) for x in (s, top_of_step, before)), starts
-    _, references = lax.scan(step, start, steps)
-    return jnp.repeat(jnp.moveaxis(references, 0, 4), at_once, axis=4)[..., :tiles]
+    return out if pv == "int8" else out * kv.v_scale[:, :, None, None, :], l
 
 
 def _untransposed(kv):
@@ -339,7 +309,7 @@ def attend_backward(
 
     s, seen, _ = _scores(qq, kv, masks, scale, window_left, window_right)
     s = jnp.where(live[..., None], s, -jnp.inf)
-    e = _exp2_below(s, m[..., None])
+    e = exp2_below(s, m[..., None])
     d_p = _dout_times_values(dout, kv, dp)
     if exact_delta:
         delta = jnp.sum(e * d_p, axis=-1) * inverse_l - dlse

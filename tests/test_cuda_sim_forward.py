@@ -16,6 +16,7 @@ from metrics import assert_same_bits, relative_l2
 from oracle import exact_forward
 
 from sage_jax import _workspace, reference
+from sage_jax.exponentials import interpolated_exp2
 from sage_jax.masking import no_masks
 from sage_jax.quantization import QuantizedKV, QuantizedQ
 from sage_jax.recipe import PRESETS
@@ -275,3 +276,19 @@ def test_queries_as_they_come(case, name):
         mask_shape=masks.mask.shape, segments=masks.q_seg.size > 0,
     )  # fmt: skip
     assert planned >= sim.workspace_bytes(q, kv, masks, **arguments_)
+
+
+def test_interpolated_exponentials():
+    """The bits that the specification's have, but where a float32 rounding puts one on the other side of a step of 1/1024."""
+    scores = (32.0 * 224**2 + np.linspace(-4e5, 4e5, 20000)).astype(np.float32)
+    for multiplier, maximum in ((3e-4, 110.0), (1e-5, 3.0), (2e-2, 7900.0)):
+        multiplier = np.float32(multiplier)
+        shift = np.float32(np.float32(-32.0 * 224**2) * multiplier + np.float32(6.0 - maximum))
+        x = np.float64(scores) * np.float64(multiplier) + np.float64(shift)
+        scores_below = scores[x <= 6]
+        ours = sim.interpolate(scores_below, multiplier, shift).astype(np.float32)
+        expected = np.asarray(interpolated_exp2(jnp.asarray(x[x <= 6], jnp.float32)))[: len(ours)]
+        np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2.0**-14)
+        assert (ours == expected).mean() > (0.99 if multiplier < 1e-2 else 0.9)
+    infinite = np.full(2, -np.inf, np.float32)
+    assert not sim.interpolate(infinite, np.float32(1e-4), np.float32(0.0)).any()

@@ -111,23 +111,32 @@ def on_warpgroups(case, recipe):
     return hopper and recipe.pv != "int8" and not recipe.f16_accumulate and case.H <= 128
 
 
-@functools.partial(jax.jit, static_argnames=("case", "recipe", "warpgroups"))
-def specified_rows(case, recipe, warpgroups, qq, kv, masks):
+@functools.partial(jax.jit, static_argnames=("case", "recipe", "warpgroups", "interpolated"))
+def specified_rows(case, recipe, warpgroups, qq, kv, masks, interpolated=False):
     settings = settings_of(case, recipe, "reference")
     return reference.attend(
         qq, kv, masks, pv=recipe.pv, f16_accumulate=recipe.f16_accumulate, scale=settings.scale,
         window_left=settings.window_left, window_right=settings.window_right,
         head_dim=settings.head_dim, out_dtype=settings.dtype,
         key_tile=128 if warpgroups else 64, bounded=warpgroups and recipe.pv == "e4m3",
+        interpolated=interpolated,
     )  # fmt: skip
 
 
-def output_on_host(case, recipe, qq, kv, masks):
+def output_on_host(case, recipe, qq, kv, masks, interpolated=False):
     """The specified output at the running maxima of the kernel that this GPU takes."""
     with host():
-        return np.asarray(
-            specified_rows(case, recipe, on_warpgroups(case, recipe), qq, kv, masks)[0]
-        )
+        rows = specified_rows(case, recipe, on_warpgroups(case, recipe), qq, kv, masks, interpolated=interpolated)
+        return np.asarray(rows[0])
+
+
+def largest_unit(case, qq, kv):
+    """What a unit of the INT8 product changes a logit by, where it is largest.
+
+    A score's offset is rounded to it (sm90/forward_softmax.cuh), so that now and then a probability takes the next e4m3
+    code; most of all where a score is the product of one channel.
+    """
+    return float(np.nanmax(qq.q_scale) * np.abs(kv.k_scale).max() * case.H**-0.5)
 
 
 def forward_on_host(case, recipe, inputs, implementation="reference"):
@@ -231,9 +240,7 @@ def test_values_beyond_the_sample(recipe, tokens, dtype):
 def test_forward_follows_the_specification(case, recipe):
     (_, _, _, _, _, masks), qq, kv, expected = specified(case, recipe)
     out, lse, m, l = on_gpu("attend", case, recipe, *attend_operands(qq, kv, masks))
-    # A score's offset is rounded to a unit of the INT8 product (sm90/forward_softmax.cuh), so that now and then a
-    # probability takes the next e4m3 code; most of all where a score is the product of one channel.
-    unit = float(np.nanmax(qq.q_scale) * np.abs(kv.k_scale).max() * case.H**-0.5)
+    unit = largest_unit(case, qq, kv)
     if not on_warpgroups(case, recipe):
         assert_agree(out, expected[0], bound_of(recipe, case.dtype), "out")
     else:

@@ -1,4 +1,8 @@
-"""Queries that a kernel quantizes itself come out as those that an operation of its own quantized: `pytest -m gpu`."""
+"""Queries that a kernel quantizes itself come out as those that an operation of its own quantized: `pytest -m gpu`.
+
+Bit for bit, but for Hopper's kernel with e4m3, which then interpolates half of its exponentials: it follows the specification
+that does so, and is near the output of codes.
+"""
 
 import dataclasses
 
@@ -7,7 +11,18 @@ import numpy as np
 import pytest
 from cases import CASES, Case, make_inputs
 from metrics import assert_same_bits
-from test_gpu import SOME_CASES, TRAIN8, attend_operands, by_name, on_gpu
+from test_gpu import (
+    SOME_CASES,
+    TRAIN8,
+    assert_agree,
+    attend_operands,
+    bound_of,
+    by_name,
+    largest_unit,
+    on_gpu,
+    on_warpgroups,
+    output_on_host,
+)
 
 import sage_jax
 from sage_jax.quantization import QuantizedKV, QuantizedQ
@@ -28,19 +43,43 @@ MANY = (  # several row blocks for each block of a kernel, of equal and of unequ
 )
 
 
+# One in fifteen of the interpolated exponentials comes out as another code: .022 rms of these, .016 of all probabilities.
+INTERPOLATED = 0.025
+
+
+def interpolates(case, recipe):
+    return on_warpgroups(case, recipe) and recipe.pv == "e4m3" and case.dtype != "float32" and case.H % 16 == 0
+
+
+def quantized(case, recipe, q, k, v, masks):
+    kv = QuantizedKV(*on_gpu("quantize_kv", case, recipe, k, v, masks.bounds))
+    return QuantizedQ(*on_gpu("quantize_q", case, recipe, q, kv.k_mean, masks.bounds)), kv
+
+
 def both(case, recipe, q, k, v, masks):
     """out of queries as they are, and of their codes."""
-    kv = QuantizedKV(*on_gpu("quantize_kv", case, recipe, k, v, masks.bounds))
-    qq = QuantizedQ(*on_gpu("quantize_q", case, recipe, q, kv.k_mean, masks.bounds))
-    operands = attend_operands(qq, kv, masks)
+    operands = attend_operands(*quantized(case, recipe, q, k, v, masks), masks)
     return on_gpu("attend_queries", case, recipe, q, *operands[3:])[0], on_gpu("attend", case, recipe, *operands)[0]
+
+
+def assert_like_codes(ours, codes, case, recipe):
+    if interpolates(case, recipe):
+        assert_agree(ours, codes, INTERPOLATED, "out")
+    else:
+        assert_same_bits(ours, codes, "out")
 
 
 @pytest.mark.parametrize("case, recipe, dtype", TABLE, ids=lambda x: getattr(x, "name", x))
 def test_output_is_that_of_codes(case, recipe, dtype):
     case = dataclasses.replace(case, dtype=dtype)
     q, k, v, _, _, masks = make_inputs(case)
-    assert_same_bits(*both(case, recipe, q, k, v, masks), "out")
+    ours, codes = both(case, recipe, q, k, v, masks)
+    if not interpolates(case, recipe):
+        assert_same_bits(ours, codes, "out")
+        return
+    qq, kv = quantized(case, recipe, q, k, v, masks)
+    expected = output_on_host(case, recipe, qq, kv, masks, interpolated=True)
+    assert_agree(ours, expected, bound_of(recipe, dtype) + 20 * largest_unit(case, qq, kv), "out")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -48,8 +87,8 @@ def test_output_is_that_of_codes(case, recipe, dtype):
 def test_output_of_many_row_blocks_is_that_of_codes(case, dtype):
     case = dataclasses.replace(case, dtype=dtype)
     q, k, v, _, _, masks = make_inputs(case)
-    ours, expected = both(case, TRAIN8, q, k, v, masks)
-    assert_same_bits(ours, expected, "out")
+    ours, codes = both(case, TRAIN8, q, k, v, masks)
+    assert_like_codes(ours, codes, case, TRAIN8)
     assert_same_bits(both(case, TRAIN8, q, k, v, masks)[0], ours, "out of a second run")
 
 
@@ -62,8 +101,8 @@ def test_queries_that_are_special(value, dtype):
     plain, _ = both(case, TRAIN8, q, k, v, masks)
     token = q[0, 77, 1] * 0 if value == 0.0 else q[0, 77, 1].at[5].set(value)
     q = q.at[0, 77, 1].set(token)
-    ours, expected = both(case, TRAIN8, q, k, v, masks)
-    assert_same_bits(ours, expected, "out")
+    ours, codes = both(case, TRAIN8, q, k, v, masks)
+    assert_like_codes(ours, codes, case, TRAIN8)
     assert np.isfinite(np.float32(ours[0, 77, 1])).all() == bool(jnp.isfinite(token).all())
     others = np.ones(ours.shape, bool)
     others[0, 77, 1] = False
@@ -71,7 +110,8 @@ def test_queries_that_are_special(value, dtype):
 
 
 def test_a_call_without_the_lse_has_the_output_of_one_with_it():
-    q, k, v, *_ = make_inputs(Case("call", B=2, T=700, S=700, N=4, K=2, H=64, dtype="bfloat16"))
+    case = Case("call", B=2, T=700, S=700, N=4, K=2, H=64, dtype="bfloat16")
+    q, k, v, *_ = make_inputs(case)
     for options in ({"is_causal": True}, {"query_seq_lengths": [3, 500], "key_value_seq_lengths": [700, 1]}):
         out, _ = sage_jax.dot_product_attention(q, k, v, return_residual=True, **options)
-        assert_same_bits(sage_jax.dot_product_attention(q, k, v, **options), out, "out")
+        assert_like_codes(sage_jax.dot_product_attention(q, k, v, **options), out, case, TRAIN8)

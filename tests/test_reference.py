@@ -12,6 +12,7 @@ from oracle import exact_gradients, gradients, quantized_attention, window
 
 from sage_jax import reference
 from sage_jax.accuracy_data import synthetic
+from sage_jax.exponentials import bounded_references, interpolated_exp2
 from sage_jax.masking import OPEN, no_masks
 from sage_jax.recipe import PRESETS
 
@@ -59,14 +60,14 @@ def test_forward_is_near_exact_attention(case):
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 6.0])
 def test_bounded_references_keep_sums_small(spread):
-    """What `_bounded_references` is for: codes of P (factor 64) and V (at most 3.5) with sums below half precision's 65504."""
+    """What `bounded_references` is for: codes of P (factor 64) and V (at most 3.5) with sums below half precision's 65504."""
     rng = np.random.default_rng(0)
     number = 70
     s = (spread * rng.standard_normal((1, 1, 1, 40, number, 64))).astype(np.float32)
     s[0, 0, 0, 0] = np.linspace(0, 30, number * 64).reshape(number, 64)  # maxima that rise all the time
     pairs = np.repeat(s.max(-1).reshape(1, 1, 1, 40, number // 2, 2).max(-1), 2, axis=-1)
     top = np.maximum.accumulate(pairs, axis=-1)
-    references = np.asarray(reference._bounded_references(jnp.asarray(s), jnp.asarray(top), 2))
+    references = np.asarray(bounded_references(jnp.asarray(s), jnp.asarray(top), 2, False))
     assert (references >= top).all() and (references[..., ::2] == references[..., 1::2]).all()
     for first in range(0, number, 32):  # 2048 keys
         assert (np.diff(references[..., first : first + 32]) >= 0).all()
@@ -74,6 +75,37 @@ def test_bounded_references_keep_sums_small(spread):
             p = np.exp2(s[..., first : tile + 1, :] - references[..., tile, None, None])
             assert p.sum((-1, -2)).max() * 64 * 17 / 16 * 3.5 < 65504
     assert (references > top)[0, 0, 0, 1:].any() == (spread < 6)
+
+
+def test_interpolated_exponentials():
+    x = np.linspace(-15, 6, 21 * 64 + 1, dtype=np.float32)
+    ratio = np.asarray(interpolated_exp2(jnp.asarray(x))) / np.exp2(x)
+    sure = x >= -12  # below it a result, or the smaller part of the sum, falls below half precision's normal numbers
+    assert abs(ratio[::32][sure[::32]] - 1).max() < 1e-3  # multiples of 1/2
+    assert 0.994 < ratio[sure].min() and ratio[sure].max() < 1.012
+    assert ratio.max() < 1.012
+    assert not np.asarray(interpolated_exp2(jnp.asarray([-jnp.inf, -3e38, -1e5, -100.0, -20.0, -15.0], jnp.float32))).any()
+
+
+@pytest.mark.parametrize("right", [OPEN, 0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_interpolated_exponentials_cost_no_accuracy(right, head_dim):
+    """Each code of P may come out as the next one, but errs no more than before."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 1000, 2, head_dim)), jnp.float32) for _ in range(3))
+    masks = no_masks(1, 1000, 1000)
+    settings = dict(scale=head_dim**-0.5, window_left=OPEN, window_right=right)
+    exact, _ = reference.exact_attention(q, k, v, masks, **settings)
+    qq, kv, *_ = quantized_attention(q, k, v, masks, PRESETS["sage2"], **settings)
+    options = dict(pv="e4m3", f16_accumulate=False, head_dim=head_dim, out_dtype=jnp.float32, key_tile=128, **settings)
+    attend = [
+        jax.jit(functools.partial(reference.attend, bounded=True, interpolated=interpolated, **options))
+        for interpolated in (False, True)
+    ]
+    outs = [f(qq, kv, masks)[0] for f in attend]
+    errors = [relative_l2(out, exact) for out in outs]
+    assert 1e-3 < relative_l2(outs[1], outs[0]) < 0.025
+    assert errors[1] < 1.02 * errors[0]
 
 
 @pytest.mark.parametrize("right", [OPEN, 0])

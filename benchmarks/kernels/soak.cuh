@@ -115,17 +115,15 @@ inline int soak(const Options& o) {
     const bool gradients = pv == PvFormat::kE4m3;
     p.quantize_keys(gradients);
     p.quantize_queries();
-    Problem::Result ours(s), portable(s), again(s), raw(s);
+    Problem::Result ours(s), portable(s), again(s), raw(s), raw_again(s);
     check(attend(p.params(ours, Dtype::kF32, false), nullptr));
     check(attend(p.params(again, Dtype::kF32, false), nullptr));
     check(attend(p.params(portable, Dtype::kF32, true), nullptr));
-    check(attend(p.params(raw, Dtype::kF32, false, true), nullptr));
+    for (Problem::Result* r : {&raw, &raw_again}) check(attend(p.params(*r, Dtype::kF32, false, true), nullptr));
     check(cudaDeviceSynchronize(), "attend");
     const Difference out = compare(ours.out, portable.out), lse = compare(ours.lse, portable.lse);
     const Difference m = compare(ours.m, portable.m), l = compare(ours.l, portable.l);
-    const auto first = ours.out.download(), second = again.out.download();
-    const bool repeats = memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0;
-    const bool same = equal(ours.out, raw.out);
+    const bool repeats = equal(ours.out, again.out) && equal(raw.out, raw_again.out);
     // e4m3 sums keep about 14 bits, and tiles of 128 keys round early probabilities otherwise; where keys are split
     // among blocks, or are so many that a reference may rise above the maximum, all probabilities: two draws of e4m3's
     // rounding error, .026, are sqrt(2) times that apart.
@@ -134,6 +132,11 @@ inline int soak(const Options& o) {
     // The root mean square of n such errors scatters by 1/sqrt(2n): three times that on top, where outputs are few.
     const double scatter = 1.0 + 3.0 / std::sqrt(2.0 * static_cast<double>(ours.out.count));
     const double bound = scatter * (pv != PvFormat::kE4m3 ? 5e-3 : split || rises ? 4e-2 : 2.5e-2);
+    // The kernel of sm_90 for e4m3 that quantizes queries itself interpolates half of its exponentials, of which one in fifteen
+    // comes out as another code: .022 rms of these, .016 of all. Other kernels give the bits that given codes give.
+    const bool interpolates = pv == PvFormat::kE4m3 && !split && s.head_dim % 16 == 0;
+    const Difference queries = compare(raw.out, ours.out);
+    const bool same = interpolates ? queries.relative < scatter * 2.5e-2 && queries.odd == 0 : equal(raw.out, ours.out);
     // The offset of a score is rounded to a unit of its INT8 product, in another way where tiles are longer, so a
     // logit differs by about a unit at most. Over a problem's rows that scatters: half of it, besides what float32 sums lose.
     const double l_bound = 1e-3 + 0.5 * p.largest_unit();

@@ -5,9 +5,16 @@ namespace sage {
 namespace {
 
 template <class Values, int kHeadDim>
+const char* launch_forward(const AttendParams& params, Stream stream) {
+  constexpr bool kMayInterpolate = Values::kFormat == PvFormat::kE4m3;
+  return kMayInterpolate && params.q != nullptr
+             ? sm90::launch_attention_fwd<sm90::ForwardConfig<Values, kHeadDim, kMayInterpolate>>(params, stream)
+             : sm90::launch_attention_fwd<sm90::ForwardConfig<Values, kHeadDim>>(params, stream);
+}
+
+template <class Values, int kHeadDim>
 constexpr ForwardKernel entry() {
-  return {90, Values::kFormat, false, kHeadDim,
-          &sm90::launch_attention_fwd<sm90::ForwardConfig<Values, kHeadDim>>, true};
+  return {90, Values::kFormat, false, kHeadDim, &launch_forward<Values, kHeadDim>, true};
 }
 
 constexpr ForwardKernel kKernels[] = {

@@ -10,9 +10,11 @@
 
 namespace sage::sm90 {
 
-template <class Values_, int kHeadDim_>
+// `kInterpolates_`: where nobody asks for l, m or LSE, half of the exponentials are interpolated (forward_softmax.cuh).
+template <class Values_, int kHeadDim_, bool kInterpolates_ = false>
 struct ForwardConfig {
   using Values = Values_;
+  static constexpr bool kInterpolates = kInterpolates_;
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim == 64 || kHeadDim == 128, "accumulators of more do not fit registers");
 

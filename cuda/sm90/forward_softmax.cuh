@@ -7,7 +7,9 @@
 #include "common/mask.cuh"
 #include "common/scale.cuh"
 #include "common/tile.cuh"
+#include "ptx/cvt.cuh"
 #include "ptx/math.cuh"
+#include "sm90/forward_interpolation.cuh"
 
 namespace sage::sm90 {
 
@@ -54,6 +56,37 @@ __device__ __forceinline__ void hide(int (&s)[Config::kScores], const Mask& mask
   }
 }
 
+// Probabilities of keys 64 to 127 of a tile by interpolation, and their sums added to l.
+template <class Config>
+__device__ __forceinline__ void interpolated_exponentials(const int (&scores)[Config::kScores], const float (&multiplier)[2],
+                                                          const float (&shift)[2], float (&l)[2],
+                                                          uint32_t (&p)[Config::kProbabilities]) {
+  const Interpolation rows[2] = {{multiplier[0], shift[0]}, {multiplier[1], shift[1]}};
+  uint32_t sum[2];
+#pragma unroll
+  for (int i = Config::kScores / 2; i < Config::kScores; i += 8) {  // 16 keys
+    uint32_t e[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        e[n][r] = rows[r](scores[i + 4 * n + 2 * r], scores[i + 4 * n + 2 * r + 1]);
+        sum[r] = n == 0 && i == Config::kScores / 2 ? e[n][r] : ptx::add_f16x2(sum[r], e[n][r]);  // at most 8 · 64
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      p[i / 4 + r] = ptx::cvt_e4m3x2_f16x2(e[0][r]) | static_cast<uint32_t>(ptx::cvt_e4m3x2_f16x2(e[1][r])) << 16;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float low, high;
+    ptx::cvt_f32_f16x2(low, high, sum[r]);
+    l[r] += low + high;
+  }
+}
+
 // Probabilities of 16 keys at a time, with two warpgroups in a pipeline: while the unit for exponentials works on some, the
 // arguments of the next are computed, and the ones before are summed and packed. e = 2^(score ·
 // multiplier + shift), whose shift takes the accumulators' start away again: kStart · multiplier, rounded,
@@ -67,9 +100,9 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
                                              float zero, float (&l)[2],
                                              uint32_t (&p)[Config::kProbabilities]) {
   using Values = typename Config::Values;
-  constexpr int kChunk = 8, kChunks = Config::kScores / kChunk;
+  constexpr int kChunk = 8, kChunks = Config::kScores / kChunk / (Config::kInterpolates ? 2 : 1);
   constexpr int kAhead = Config::kGroups == 2 ? 1 : 0;  // with three, other warps fill the gaps
-  float x[2][kChunk], e[2][kChunk] = {}, sum[2][2] = {};
+  float x[2][kChunk], e[2][kChunk] = {}, sum[2][2];
   const auto argue = [&](int c) {
     const int h = c * 16 / kTileKeys;
     float start[2];
@@ -83,7 +116,10 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
   };
   const auto finish = [&](int c) {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) sum[i & 1][i >> 1 & 1] += e[c & 1][i];
+    for (int i = 0; i < kChunk; ++i) {
+      float& of = sum[i & 1][i >> 1 & 1];
+      of = c == 0 && i < 4 ? e[c & 1][i] : of + e[c & 1][i];
+    }
     Values::pack(p + Values::kRegisters * c, e[c & 1]);
   };
   if (kAhead > 0) argue(0);
@@ -97,6 +133,7 @@ __device__ __forceinline__ void exponentials(const int (&scores)[Config::kScores
   if (kAhead > 0) finish(kChunks - 1);
   l[0] += sum[0][0] + sum[1][0];
   l[1] += sum[0][1] + sum[1][1];
+  if constexpr (Config::kInterpolates) interpolated_exponentials<Config>(scores, multiplier[1], shift[1], l, p);
 }
 
 }  // namespace sage::sm90

@@ -4,6 +4,7 @@
 #include "common/params.h"
 #include "common/row_blocks.cuh"
 #include "sim.h"
+#include "sm90/forward_interpolation.cuh"
 
 extern "C" {
 
@@ -27,6 +28,11 @@ size_t sim_sizeof_attend_params() { return sizeof(sage::AttendParams); }
 size_t sim_sizeof_quantize_kv_params() { return sizeof(sage::QuantizeKvParams); }
 size_t sim_sizeof_quantize_q_params() { return sizeof(sage::QuantizeQParams); }
 
+// 2^(score · multiplier + shift) of `count` pairs of scores, as pairs of f16.
+void sim_interpolate(const int* scores, float multiplier, float shift, int count, uint32_t* pairs) {
+  const sage::sm90::Interpolation interpolate(multiplier, shift);
+  for (int i = 0; i < count; ++i) pairs[i] = interpolate(scores[2 * i], scores[2 * i + 1]);
+}
 
 // Writes batch row, head and first query of the items in the order in which blocks take them: turn by turn, -1
 // where a block has nothing to do, and how many queries; one turn more than there are. Returns the error, or null.

@@ -301,3 +301,12 @@ def attend(*args, **kwargs):
     params.workspace = a.output((size,), np.uint8)[0]
     run("attend", params, a)
     return results
+
+
+def interpolate(scores, multiplier: float, shift: float) -> np.ndarray:
+    """2^(score · multiplier + shift) of an even number of float32 scores, float16, as sm90/forward_interpolation.cuh has it."""
+    scores = np.ascontiguousarray(scores[: len(scores) // 2 * 2], np.float32)
+    pairs = np.zeros(len(scores), np.float16)
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in (scores, pairs)]
+    library().sim_interpolate(pointers[0], _float(multiplier), _float(shift), _int(len(scores) // 2), pointers[1])
+    return pairs

@@ -18,6 +18,18 @@ inline float ex2(float x) {
 
 inline float lg2(float x) { return std::log2(x); }
 
+inline float fma_sat(float a, float b, float c) { return std::fmin(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }  // NaN: 0
+
+inline uint32_t fma_ftz_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto flushed = [](float x) { return std::fabs(x) < 0x1p-14f ? 0.0f : x; };
+  uint32_t r = 0;
+  for (int half = 0; half < 32; half += 16) {
+    const auto value = [&](uint32_t x) { return flushed(f16_value(static_cast<uint16_t>(x >> half))); };
+    r |= static_cast<uint32_t>(f16_bits(flushed(std::fma(value(a), value(b), value(c))))) << half;
+  }
+  return r;
+}
+
 template <class Value, class Pick>
 uint32_t pick_halves(uint32_t a, uint32_t b, Value value, Pick first) {
   return ::pick_halves<uint16_t>(a, b, [&](uint16_t x, uint16_t y) {
