@@ -375,7 +375,7 @@ class Consumer {
       }
       factor[r] = l[r] == 0.0f ? 0.0f : __fdividef(Values::kUnit, l[r]);
       if (Values::kLongKeys > 0 && long_) factor[r] *= HalfSums<kHeadDim>::kLongUnit;
-      if constexpr (Values::kBounded) {  // from the reference to the maximum
+      if constexpr (Values::kBounded && !Config::kInterpolates) {  // from the reference to the maximum
         const float highest = quad_max(highest_[r]);
         if (m[r] != -INFINITY && m[r] != highest) {
           l[r] *= ptx::ex2(m[r] - highest);
@@ -383,7 +383,7 @@ class Consumer {
         }
       }
     }
-    if (lane() % 4 == 0) {
+    if (!Config::kInterpolates && lane() % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         Config::finished(shared_, slot_, warp_row() + lane() / 4 + 8 * r) = make_float2(l[r], m[r]);
