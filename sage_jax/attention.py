@@ -57,7 +57,8 @@ def dot_product_attention(
         (inside a pair) no limit.
       implementation: "cpu", "cuda" or "reference" (plain JAX, O(T·S) memory); None takes the
         platform's own. A name given here is used or refused, never replaced.
-      return_residual: True: also return the natural-log sum-exp of the logits. It is differentiable.
+      return_residual: True: also return the natural-log sum-exp of the logits. It is differentiable. Where neither it nor a
+        gradient is wanted, a GPU may take a faster kernel, whose output errs as much but has other bits (docs/semantics.md).
       recipe: a name from `sage_jax.recipes`, a name with changes ("train8:delta=exact") or a
         `Recipe`. None computes `sage2`, and differentiates it as `train8`.
       query_segment_ids, key_value_segment_ids: integer [B, T] and [B, S]: packed sequences; a query
