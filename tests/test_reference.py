@@ -87,13 +87,12 @@ def test_interpolated_exponentials():
     assert not np.asarray(interpolated_exp2(jnp.asarray([-jnp.inf, -3e38, -1e5, -100.0, -20.0, -15.0], jnp.float32))).any()
 
 
-@pytest.mark.parametrize("right", [OPEN, 0])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim, right", [(64, OPEN), (128, 0)])
 def test_interpolated_exponentials_cost_no_accuracy(right, head_dim):
     """Each code of P may come out as the next one, but errs no more than before."""
     rng = np.random.default_rng(2)
-    q, k, v = (jnp.asarray(rng.standard_normal((1, 1000, 2, head_dim)), jnp.float32) for _ in range(3))
-    masks = no_masks(1, 1000, 1000)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 600, 1, head_dim)), jnp.float32) for _ in range(3))
+    masks = no_masks(1, 600, 600)
     settings = dict(scale=head_dim**-0.5, window_left=OPEN, window_right=right)
     exact, _ = reference.exact_attention(q, k, v, masks, **settings)
     qq, kv, *_ = quantized_attention(q, k, v, masks, PRESETS["sage2"], **settings)
