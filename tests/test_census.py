@@ -115,9 +115,9 @@ def test_counts_stores_by_the_copy_engine():
     assert kernel.instructions["UTMASTG"] == 1
 
 
-WGMMA_MANGLED = "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10E4m3ValuesELi128EEEEEvNS0_11ForwardCallE"
+WGMMA_MANGLED = "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10E4m3ValuesELi128ELb1EEEEEvNS0_11ForwardCallE"
 HALF_MANGLED = (
-    "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10HalfValuesILNS_8PvFormatE2EEELi64EEEEEvNS0_11ForwardCallE"
+    "_ZN4sage4sm9013attention_fwdINS0_13ForwardConfigINS0_10HalfValuesILNS_8PvFormatE2EEELi64ELb0EEEEEvNS0_11ForwardCallE"
 )
 
 
@@ -132,8 +132,8 @@ def warpgroup_kernel(mangled=WGMMA_MANGLED, registers=None, **changes):
 @pytest.mark.parametrize(
     "mangled, name",
     [
-        (WGMMA_MANGLED, "attention_fwd<ForwardConfig E4m3Values 128>"),
-        (HALF_MANGLED, "attention_fwd<ForwardConfig HalfValues PvFormat 2 64>"),
+        (WGMMA_MANGLED, "attention_fwd<ForwardConfig E4m3Values 128 1>"),
+        (HALF_MANGLED, "attention_fwd<ForwardConfig HalfValues PvFormat 2 64 0>"),
         ("_ZN4sage12clear_maximaENS_12BackwardCallE", "clear_maxima"),
         ("not_mangled", "not_mangled"),
     ],

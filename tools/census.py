@@ -55,12 +55,14 @@ ONE_ARCHITECTURE = {"finish_dq*": "90a"}  # those of BUDGETS that are built for 
 # The file has 65536: 384 threads start with 168 each, 512 with 128, 640 with 96, and no more is handed out than that.
 TWO_CONSUMERS, THREE_CONSUMERS = (168, {56}, {224}), (128, {56}, {152})
 HANDED = {
-    ("90a", "attention_fwd<ForwardConfig E4m3Values 64>"): THREE_CONSUMERS,
-    ("90a", "attention_fwd<ForwardConfig E4m3Values 128>"): THREE_CONSUMERS,
-    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 64>"): TWO_CONSUMERS,
-    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 128>"): TWO_CONSUMERS,
-    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 64>"): TWO_CONSUMERS,
-    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 128>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 64 0>"): THREE_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 64 1>"): THREE_CONSUMERS,  # with interpolated exponentials
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 128 0>"): THREE_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig E4m3Values 128 1>"): THREE_CONSUMERS,  # with interpolated exponentials
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 64 0>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 1 128 0>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 64 0>"): TWO_CONSUMERS,
+    ("90a", "attention_fwd<ForwardConfig HalfValues PvFormat 2 128 0>"): TWO_CONSUMERS,
     ("90a", "backward_gradients<GradientsConfig 64>"): (128, {32, 56}, {152, 160}),
     ("90a", "backward_gradients<GradientsConfig 128>"): (168, {40, 56}, {224, 232}),
     ("90a", "backward_at_once<AtOnceConfig 64>"): (128, {32}, {160}),
